@@ -1,0 +1,54 @@
+"""The `data` section of a recipe: which text, which tokenizer, how it is cut into rows."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A recipe section: unknown keys are refused, and values are checked again when they change."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    type: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
+    """`stdlib` (the running Python's standard library source), local files, or a Hugging Face dataset."""
+    path: str | None = None
+    """A file, a folder or a glob (`text`: one document per file; `jsonl`, `parquet`: one per row), or a dataset name."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    field: str = "text"
+    """Column that holds the text (`jsonl`, `parquet`, `huggingface`)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over this source in one epoch: 0.5 reads a fresh half of its documents, 2 reads each twice."""
+
+
+class TokenizerConfig(Section):
+    path: str | None = None
+    """A sentencepiece `.model` file or a Hugging Face folder; null trains a sentencepiece BPE on the sources."""
+    vocab_size: Annotated[int, Field(ge=300)] = 8192
+    """Vocabulary of a tokenizer that is trained here."""
+    training_sentences: Annotated[int, Field(gt=0)] = 200_000
+    """Lines of text that training the tokenizer samples."""
+
+
+class DataConfig(Section):
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] = [SourceConfig()]
+    """Where the text comes from."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How text becomes tokens."""
+    cache: str = ".cache/data"
+    """Folder for the trained tokenizer and the token shards, keyed by what they were made from."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Share of the documents held out for validation."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """What a malformed document does: stop with its file and line, or be skipped and counted."""
+    shard_tokens: Annotated[int, Field(ge=1024)] = 100_000_000
+    """Tokens in one shard file."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that tokenize; null uses every core."""
+    seed: int = 0
+    """Seed of the split, of packing and of the order of rows."""
