@@ -1,0 +1,137 @@
+"""The language model: Llama's architecture, with DashAttention or full attention in each block.
+
+Parameter names are those of Hugging Face's Llama (Qwen3 with qk_norm), plus `self_attn.chunk_query` in Dash layers.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dash_train.model.attention import STATISTICS, Attention, document_mask
+from dash_train.model.config import ModelConfig
+from dash_train.model.layers import Embedding, Linear
+from dash_train.model.loss import LanguageModelHead
+from dash_train.model.rotary import rotary_tables
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.mlp_size, config.init_std)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size, config.init_std)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, config.init_std / (2 * config.layers) ** 0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], document_starts: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        attended, statistics = self.self_attn(self.input_layernorm(hidden), rotary, document_starts, mask)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), statistics
+
+
+class Transformer(nn.Module):
+    """Everything between token ids and the output projection."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: Literal["none", "full"]) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "vocab_size must be a number: the tokenizer's size, rounded up"
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.init_std)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, tokens: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        mask = None
+        if document_starts is not None:
+            positions = positions - document_starts
+            mask = document_mask(document_starts) if self._has_full_layers() else None
+        rotary = rotary_tables(positions, self.config)
+
+        hidden = self.embed_tokens(tokens)
+        statistics = []
+        for block in self.layers:
+            inputs = (hidden, rotary, document_starts, mask)
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                hidden, layer_statistics = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                hidden, layer_statistics = block(*inputs)
+            statistics.append(layer_statistics)
+        return self.norm(hidden), torch.stack(statistics)
+
+    def _has_full_layers(self) -> bool:
+        return any(self.config.attention_type(layer) == "full" for layer in range(self.config.layers))
+
+
+class LanguageModel(nn.Module):
+    """A causal language model.
+
+    Args:
+        config: its shape; `vocab_size` must be a number.
+        activation_checkpointing: `full` keeps only each block's input for the backward and computes the rest again.
+    """
+
+    def __init__(self, config: ModelConfig, *, activation_checkpointing: Literal["none", "full"] = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config, activation_checkpointing)
+        self.lm_head = LanguageModelHead(config.hidden_size, self.model.embed_tokens.num_embeddings, config.init_std)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights again, as the constructor did; needed only after a construction on the meta device."""
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding):
+                module.reset_parameters(generator)
+            elif isinstance(module, nn.RMSNorm | Attention):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Logits, or the loss and the attention's statistics.
+
+        Args:
+            tokens: `[batch, seq]` int64.
+            labels: `[batch, seq]` int64, already shifted; -100 does not count.
+            document_starts: `[batch, seq]` int32, where in the row each token's document begins, multiples of the
+                chunk size; None when every row is one document.
+            real: `[batch, seq]` bool, False for padding, which no statistic counts; None when there is none.
+
+        Returns:
+            Without labels, `logits` `[batch, seq, vocab]`. With labels, `loss`, the sum of the counted tokens'
+            cross-entropies (fp32, 0-dim); `token_losses` `[batch, seq]` fp32; and per layer `[layers]` fp32
+            `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for full attention).
+        """
+        hidden, statistics = self.model(tokens, document_starts)
+        if labels is None:
+            return {"logits": self.lm_head(hidden)}
+        loss, token_losses = self.lm_head(hidden, labels)
+        by_name = dict(zip(STATISTICS, statistics.unbind(1), strict=True))
+        return {"loss": loss, "token_losses": token_losses, **by_name}
