@@ -1,0 +1,161 @@
+"""The three stages of DashAttention in plain torch, for one block of query rows: the definition kernels must match.
+
+Follows docs/kernels.md line by line. Heads are grouped here: q is [batch, kv_heads, group, rows, head_dim], k and v are
+[batch, kv_heads, keys, head_dim] with `keys` a whole number of chunks, summaries [batch, kv_heads, chunks, head_dim].
+Positions and document starts count from the first of these keys.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dash_train.kernels.dash.stats import tile_tokens
+from dash_train.kernels.entmax import compute_dtype, probability, relative_to_max, threshold15, threshold15_on
+
+PBAR_MIN = 1e-20  # log pbar is taken of at least this
+PBAR_GRADIENT_MIN = 1e-6  # below it log pbar gets no gradient: 1 / pbar would explode
+
+
+@dataclass(frozen=True)
+class DashConfig:
+    """The arguments of dash_attention that are not tensors."""
+
+    chunk_size: int
+    routing_scale: float
+    prior_normalizer: str
+    prior_temperature: float
+
+
+class Rows(NamedTuple):
+    """What one block of query rows works on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    summaries: Tensor
+    positions: Tensor  # [1 or batch, rows]
+    starts: Tensor  # [1 or batch, rows]: where each row's document begins
+    support: Tensor | None  # bool [batch, kv_heads, group, rows, chunks], when it is given
+
+
+class Routing(NamedTuple):
+    """Stage 1 of one block."""
+
+    pbar: Tensor  # [batch, kv_heads, rows, chunks]: mean of p over the group
+    routed: Tensor  # the same shape, bool: R(t)
+    support: Tensor  # [batch, kv_heads, group, rows, chunks] bool: r > 0
+    tau: Tensor  # [batch, kv_heads, group, rows], relative to row_max
+    row_max: Tensor  # [batch, kv_heads, group, rows], of z
+    residual: Tensor  # scalar: worst |sum p - 1|
+
+
+class Attended(NamedTuple):
+    """The output [batch, kv_heads, group, rows, head_dim] of one block, and its part of DashStats."""
+
+    out: Tensor
+    tau: Tensor
+    row_max: Tensor
+    normalizer: Tensor
+    active_chunks: Tensor
+    eligible_chunks: Tensor  # [1 or batch, rows]
+    union_chunks: Tensor
+    residual: Tensor
+
+
+def group_heads(q: Tensor, kv_heads: int) -> Tensor:
+    """[batch, q_len, heads, head_dim] -> [batch, kv_heads, group, q_len, head_dim] in the computing type."""
+    q = q.to(compute_dtype(q.dtype)).unflatten(2, (kv_heads, -1))
+    return q.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def whole_chunks(k: Tensor, chunk_size: int) -> Tensor:
+    """[batch, seq, kv_heads, head_dim] -> [batch, kv_heads, keys, head_dim]: the last chunk is filled up with zeros."""
+    k = k.to(compute_dtype(k.dtype)).transpose(1, 2)
+    return F.pad(k, (0, 0, 0, -k.shape[2] % chunk_size)).contiguous()
+
+
+def summarize(k: Tensor, chunk_query: Tensor, chunk_size: int) -> Tensor:
+    """Stage 0: ktilde_c = sum_j softmax_j(w.k_j / sqrt(head_dim)) k_j over the keys of each chunk."""
+    chunks = k.unflatten(2, (-1, chunk_size))
+    logits = torch.einsum("bhcjd,hd->bhcj", chunks, chunk_query.to(k.dtype)) * k.shape[-1] ** -0.5
+    return torch.einsum("bhcj,bhcjd->bhcd", logits.softmax(-1), chunks)
+
+
+def route(rows: Rows, config: DashConfig) -> Routing:
+    """Stage 1: entmax-1.5 over the eligible chunks, each head by itself, then the mean over the group."""
+    q, summaries = rows.q, rows.summaries
+    own = rows.positions // config.chunk_size
+    chunk = torch.arange(summaries.shape[2], device=q.device)
+    eligible = (chunk < own[..., None]) & (
+        chunk >= rows.starts[..., None] // config.chunk_size
+    )  # [batch, rows, chunks]
+
+    scores = q.flatten(2, 3) @ summaries.mT * (config.routing_scale * q.shape[-1] ** -0.5)
+    scores = scores.unflatten(2, q.shape[2:4]).masked_fill(~eligible[:, None, None], -torch.inf)
+    with torch.no_grad():
+        z, row_max = relative_to_max(scores / 2)
+        if rows.support is None:
+            tau = threshold15(z)
+            root = (z - tau).clamp(min=0)
+            support = root > 0
+        else:
+            support = rows.support
+            tau = threshold15_on(z, support)
+            root = (z - tau).clamp(min=0).masked_fill(~support, 0)
+        error = (root.square().sum(-1) - 1).abs()
+        residual = error.masked_fill(~eligible.any(-1)[:, None, None], 0).amax()
+    pbar = probability(scores, root).mean(2)
+    return Routing(pbar, support.any(2), support, tau.squeeze(-1), row_max.squeeze(-1), residual)
+
+
+def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
+    """b_c of every chunk (-inf outside R), and the normaliser [batch, kv_heads, rows] that it contains."""
+    log_pbar = routing.pbar.clamp(min=PBAR_MIN).log()
+    log_pbar = torch.where(routing.pbar < PBAR_GRADIENT_MIN, log_pbar.detach(), log_pbar)
+    with torch.no_grad():
+        if config.prior_normalizer == "geometric_mean":
+            size = routing.routed.sum(-1).clamp(min=1)
+            normalizer = log_pbar.masked_fill(~routing.routed, 0).sum(-1) / size
+        elif config.prior_normalizer == "peak":
+            peak = log_pbar.masked_fill(~routing.routed, -torch.inf).amax(-1)
+            normalizer = peak.masked_fill(peak == -torch.inf, 0)
+        else:
+            normalizer = torch.zeros_like(log_pbar[..., 0])
+    temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
+    prior = (log_pbar - normalizer[..., None]) / temperature
+    return prior.masked_fill(~routing.routed, -torch.inf), normalizer
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prior: Tensor, positions: Tensor, chunk_size: int) -> Tensor:
+    """Stage 2: softmax over the tokens up to each row's own of (q.k / sqrt(head_dim) + prior of the token's chunk)."""
+    token = torch.arange(k.shape[2], device=k.device)
+    bias = prior[..., None].expand(*prior.shape, chunk_size).flatten(-2)
+    bias = bias.masked_fill(token > positions[:, None, :, None], -torch.inf)  # [batch, kv_heads, rows, keys]
+    scores = (q * q.shape[-1] ** -0.5).flatten(2, 3) @ k.mT
+    weights = (scores.unflatten(2, q.shape[2:4]) + bias[:, :, None]).softmax(-1)
+    return (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
+
+
+def attend_rows(rows: Rows, config: DashConfig) -> Attended:
+    """Stages 1 and 2 and the statistics of one block."""
+    routing = route(rows, config)
+    prior, normalizer = log_prior(routing, config)
+    chunk = torch.arange(prior.shape[-1], device=prior.device)
+    own = chunk == rows.positions[:, None, :, None] // config.chunk_size
+    out = attend(rows.q, rows.k, rows.v, prior.masked_fill(own, 0), rows.positions, config.chunk_size)
+
+    tile = tile_tokens(rows.q.shape[2])
+    tiles = F.pad(routing.routed, (0, 0, 0, -routing.routed.shape[2] % tile)).unflatten(2, (-1, tile))
+    return Attended(
+        out,
+        routing.tau,
+        routing.row_max,
+        normalizer,
+        active_chunks=routing.routed.sum(-1, dtype=torch.int32),
+        eligible_chunks=(rows.positions // config.chunk_size - rows.starts // config.chunk_size).int(),
+        union_chunks=tiles.any(3).sum(-1, dtype=torch.int32),
+        residual=routing.residual,
+    )
