@@ -1,13 +1,18 @@
 """Self-attention of one block: projections, RoPE, then DashAttention or full causal attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dash_train.kernels.dash import dash_attention
+from dash_train.model.cache import LayerCache
 from dash_train.model.config import ModelConfig
 from dash_train.model.layers import Linear
 from dash_train.model.rotary import apply_rotary
 
+# Of a forward with labels, per layer: the fields of the kernels' RoutingTotals, in their order.
 STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active", "residual")
 
 
@@ -38,12 +43,32 @@ class Attention(nn.Module):
             nn.init.zeros_(self.chunk_query)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], document_starts: Tensor | None, mask: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        document_starts: Tensor | None = None,
+        real: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention output `[batch, seq, hidden_size]` and STATISTICS `[5]` fp32 (zeros for full attention)."""
+        """Attention output `[batch, seq, hidden_size]` and STATISTICS `[5]` fp32 (zeros but for Dash layers).
+
+        `mask` is full attention's, None where causality is all; `real` only says which tokens the statistics count.
+        """
         q, k, v = self._queries_keys_values(hidden, rotary)
-        out = full_attention(q, k, v, mask)
-        return self.o_proj(out.flatten(2)), hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
+        statistics = hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
+        if cache is not None and hidden.shape[1] == 1:
+            out = self._decode(q, k, v, mask, cache)
+        elif self.attention_type == "full":
+            out = full_attention(q, k, v, mask)
+        else:
+            out, stats = dash_attention(
+                q, k, v, self.chunk_query, document_starts=document_starts, return_stats=True, **self._routing()
+            )
+            statistics = torch.stack(stats.summary(real)).float()
+        if cache is not None and hidden.shape[1] > 1:
+            self._store_prompt(k, v, cache)
+        return self.o_proj(out.flatten(2)), statistics
 
     def _queries_keys_values(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated."""
@@ -54,6 +79,27 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+
+    def _routing(self) -> dict[str, Any]:
+        """The keywords that say how this layer routes, in training and in decoding alike."""
+        attention = self.config.attention
+        return {
+            "chunk_size": attention.chunk_size,
+            "routing_scale": self.routing_scale,
+            "prior_normalizer": attention.prior_normalizer,
+            "prior_temperature": attention.prior_temperature,
+        }
+
+    def _store_prompt(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
+        cache.keys[:, : k.shape[1]] = k
+        cache.values[:, : v.shape[1]] = v
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache) -> Tensor:
+        """Store the new token's key and value, `[batch, 1, kv_heads, head_dim]`, and attend to all of the row."""
+        row = torch.arange(len(k), device=k.device)
+        cache.keys[row, cache.lengths - 1] = k[:, 0]
+        cache.values[row, cache.lengths - 1] = v[:, 0]
+        return full_attention(q, cache.keys, cache.values, mask)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -67,3 +113,8 @@ def document_mask(document_starts: Tensor) -> Tensor:
     """Who sees whom in packed rows, bool `[batch, 1, seq, seq]`: no later token, none before one's own document."""
     index = torch.arange(document_starts.shape[1], device=document_starts.device)
     return ((index <= index[:, None]) & (index >= document_starts[..., None]))[:, None]
+
+
+def cache_mask(lengths: Tensor, capacity: int) -> Tensor:
+    """The cached tokens of rows of `lengths` `[batch]`, bool `[batch, 1, 1, capacity]`."""
+    return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_train.model.attention import STATISTICS, Attention, document_mask
+from dash_train.model.attention import STATISTICS, Attention, cache_mask, document_mask
+from dash_train.model.cache import Cache, LayerCache
 from dash_train.model.config import ModelConfig
 from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
@@ -41,9 +42,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], document_starts: Tensor | None, mask: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        document_starts: Tensor | None = None,
+        real: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        attended, statistics = self.self_attn(self.input_layernorm(hidden), rotary, document_starts, mask)
+        """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics."""
+        normed = self.input_layernorm(hidden)
+        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
         hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), statistics
 
@@ -56,32 +65,41 @@ class Transformer(nn.Module):
         assert config.vocab_size is not None, "vocab_size must be a number: the tokenizer's size, rounded up"
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.has_full_layers = any(config.attention_type(layer) == "full" for layer in range(config.layers))
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.init_std)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        document_starts: Tensor | None = None,
+        real: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = None
         if document_starts is not None:
             positions = positions - document_starts
-            mask = document_mask(document_starts) if self._has_full_layers() else None
+            mask = document_mask(document_starts) if self.has_full_layers else None
+        if cache is not None:
+            cache.advance(tokens.shape[1], real)
+            if tokens.shape[1] == 1:
+                positions = cache.lengths[:, None] - 1
+                mask = cache_mask(cache.lengths, cache.capacity)
         rotary = rotary_tables(positions, self.config)
 
         hidden = self.embed_tokens(tokens)
         statistics = []
-        for block in self.layers:
-            inputs = (hidden, rotary, document_starts, mask)
+        for index, block in enumerate(self.layers):
+            inputs = (hidden, rotary, document_starts, real, mask, cache and cache.layers[index])
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
                 hidden, layer_statistics = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 hidden, layer_statistics = block(*inputs)
             statistics.append(layer_statistics)
         return self.norm(hidden), torch.stack(statistics)
-
-    def _has_full_layers(self) -> bool:
-        return any(self.config.attention_type(layer) == "full" for layer in range(self.config.layers))
 
 
 class LanguageModel(nn.Module):
@@ -114,6 +132,7 @@ class LanguageModel(nn.Module):
         labels: Tensor | None = None,
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> dict[str, Tensor]:
         """Logits, or the loss and the attention's statistics.
 
@@ -123,13 +142,18 @@ class LanguageModel(nn.Module):
             document_starts: `[batch, seq]` int32, where in the row each token's document begins, multiples of the
                 chunk size; None when every row is one document.
             real: `[batch, seq]` bool, False for padding, which no statistic counts; None when there is none.
+            cache: filled in place: by the whole prompts (`real` False on the right where a row is shorter) when it is
+                empty, then by one token a row.
 
         Returns:
-            Without labels, `logits` `[batch, seq, vocab]`. With labels, `loss`, the sum of the counted tokens'
+            Without labels, `logits` `[batch, seq, vocab]`, or `[batch, 1, vocab]`, those of each row's last real
+            token, with a cache. With labels, `loss`, the sum of the counted tokens'
             cross-entropies (fp32, 0-dim); `token_losses` `[batch, seq]` fp32; and per layer `[layers]` fp32
             `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for full attention).
         """
-        hidden, statistics = self.model(tokens, document_starts)
+        hidden, statistics = self.model(tokens, document_starts, real, cache)
+        if cache is not None and tokens.shape[1] > 1:
+            hidden = hidden[torch.arange(len(tokens)), cache.lengths - 1][:, None]
         if labels is None:
             return {"logits": self.lm_head(hidden)}
         loss, token_losses = self.lm_head(hidden, labels)
