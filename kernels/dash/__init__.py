@@ -1,6 +1,17 @@
 """DashAttention: attention over chunks that a sparse, differentiable router chooses. See docs/kernels.md."""
 
 from dash_train.kernels.dash.attention import dash_attention
+from dash_train.kernels.dash.decode import chunk_summaries, dash_decode, update_summaries
+from dash_train.kernels.dash.routing_scale import find_routing_scale, routing_density
 from dash_train.kernels.dash.stats import DashStats, RoutingTotals
 
-__all__ = ["DashStats", "RoutingTotals", "dash_attention"]
+__all__ = [
+    "DashStats",
+    "RoutingTotals",
+    "chunk_summaries",
+    "dash_attention",
+    "dash_decode",
+    "find_routing_scale",
+    "routing_density",
+    "update_summaries",
+]

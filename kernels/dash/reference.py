@@ -14,7 +14,7 @@ from dash_train.kernels.dash.stages import (
     Rows,
     attend_rows,
     group_heads,
-    route,
+    route_rows,
     summarize,
     whole_chunks,
 )
@@ -69,7 +69,7 @@ def dash_attention_reference(
     def whole_support() -> Tensor:
         whole = grouped_q.new_zeros(*grouped_q.shape[:4], summaries.shape[2], dtype=torch.bool)
         for block in blocks:
-            whole[:, :, :, block.queries, block.chunks] = route(rows_of(block), config).support
+            whole[:, :, :, block.queries, block.chunks] = route_rows(rows_of(block), config).support
         return whole.flatten(1, 2)
 
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, chunk_query))

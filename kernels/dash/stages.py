@@ -84,31 +84,37 @@ def summarize(k: Tensor, chunk_query: Tensor, chunk_size: int) -> Tensor:
     return torch.einsum("bhcj,bhcjd->bhcd", logits.softmax(-1), chunks)
 
 
-def route(rows: Rows, config: DashConfig) -> Routing:
-    """Stage 1: entmax-1.5 over the eligible chunks, each head by itself, then the mean over the group."""
-    q, summaries = rows.q, rows.summaries
-    own = rows.positions // config.chunk_size
-    chunk = torch.arange(summaries.shape[2], device=q.device)
-    eligible = (chunk < own[..., None]) & (
-        chunk >= rows.starts[..., None] // config.chunk_size
-    )  # [batch, rows, chunks]
+def eligible_chunks(positions: Tensor, starts: Tensor, chunks: int, chunk_size: int) -> Tensor:
+    """bool [1 or batch, rows, chunks]: the chunks before each row's own, back to the first of its document."""
+    chunk = torch.arange(chunks, device=positions.device)
+    return (chunk < positions[..., None] // chunk_size) & (chunk >= starts[..., None] // chunk_size)
 
-    scores = q.flatten(2, 3) @ summaries.mT * (config.routing_scale * q.shape[-1] ** -0.5)
+
+def route(
+    q: Tensor, summaries: Tensor, eligible: Tensor, routing_scale: float, support: Tensor | None = None
+) -> Routing:
+    """Stage 1: entmax-1.5 over the eligible chunks, each head by itself, then the mean over the group."""
+    scores = q.flatten(2, 3) @ summaries.mT * (routing_scale * q.shape[-1] ** -0.5)
     scores = scores.unflatten(2, q.shape[2:4]).masked_fill(~eligible[:, None, None], -torch.inf)
     with torch.no_grad():
         z, row_max = relative_to_max(scores / 2)
-        if rows.support is None:
+        if support is None:
             tau = threshold15(z)
             root = (z - tau).clamp(min=0)
             support = root > 0
         else:
-            support = rows.support
             tau = threshold15_on(z, support)
             root = (z - tau).clamp(min=0).masked_fill(~support, 0)
         error = (root.square().sum(-1) - 1).abs()
         residual = error.masked_fill(~eligible.any(-1)[:, None, None], 0).amax()
     pbar = probability(scores, root).mean(2)
     return Routing(pbar, support.any(2), support, tau.squeeze(-1), row_max.squeeze(-1), residual)
+
+
+def route_rows(rows: Rows, config: DashConfig) -> Routing:
+    """Stage 1 of a block."""
+    eligible = eligible_chunks(rows.positions, rows.starts, rows.summaries.shape[2], config.chunk_size)
+    return route(rows.q, rows.summaries, eligible, config.routing_scale, rows.support)
 
 
 def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
@@ -141,10 +147,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prior: Tensor, positions: Tensor, ch
 
 def attend_rows(rows: Rows, config: DashConfig) -> Attended:
     """Stages 1 and 2 and the statistics of one block."""
-    routing = route(rows, config)
+    routing = route_rows(rows, config)
     prior, normalizer = log_prior(routing, config)
-    chunk = torch.arange(prior.shape[-1], device=prior.device)
-    own = chunk == rows.positions[:, None, :, None] // config.chunk_size
+    own_chunk = rows.positions // config.chunk_size
+    own = torch.arange(prior.shape[-1], device=prior.device) == own_chunk[:, None, :, None]
     out = attend(rows.q, rows.k, rows.v, prior.masked_fill(own, 0), rows.positions, config.chunk_size)
 
     tile = tile_tokens(rows.q.shape[2])
@@ -155,7 +161,7 @@ def attend_rows(rows: Rows, config: DashConfig) -> Attended:
         routing.row_max,
         normalizer,
         active_chunks=routing.routed.sum(-1, dtype=torch.int32),
-        eligible_chunks=(rows.positions // config.chunk_size - rows.starts // config.chunk_size).int(),
+        eligible_chunks=(own_chunk - rows.starts // config.chunk_size).int(),
         union_chunks=tiles.any(3).sum(-1, dtype=torch.int32),
         residual=routing.residual,
     )

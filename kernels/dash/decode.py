@@ -1,0 +1,123 @@
+"""One-token decoding over a KV cache: the cache of chunk summaries, and attention of the newest token."""
+
+import torch
+from torch import Tensor
+
+from dash_train.kernels.dash.checks import (
+    BACKENDS,
+    check_choice,
+    check_dimensions,
+    check_group,
+    check_numbers,
+    check_same_kind,
+    check_shape,
+)
+from dash_train.kernels.dash.stages import DashConfig, Rows, attend_rows, group_heads, summarize, whole_chunks
+
+
+def chunk_summaries(k: Tensor, chunk_query: Tensor, *, chunk_size: int = 64) -> Tensor:
+    """The summaries of the complete chunks of `k`, as a prefill stores them.
+
+    Args:
+        k: [batch, seq, kv_heads, head_dim], after RoPE; seq need not be a multiple of chunk_size.
+        chunk_query: [kv_heads, head_dim].
+        chunk_size: tokens per chunk.
+
+    Returns: [batch, seq // chunk_size, kv_heads, head_dim] float32 (float64 for float64 keys).
+    """
+    check_dimensions("k", k, "batch", "seq", "kv_heads", "head_dim")
+    check_shape("chunk_query", chunk_query, kv_heads=k.shape[2], head_dim=k.shape[3])
+    complete = k.shape[1] // chunk_size
+    return summarize(whole_chunks(k, chunk_size), chunk_query, chunk_size)[:, :, :complete].transpose(1, 2)
+
+
+@torch.no_grad()
+def update_summaries(
+    k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_query: Tensor, *, chunk_size: int = 64
+) -> None:
+    """After a new key is written: stores the summary of the chunk that it completed, if it did. No host sync.
+
+    Args:
+        k_cache: [batch, capacity, kv_heads, head_dim], the new key of each sequence at lengths - 1.
+        summaries: [batch, ceil(capacity / chunk_size), kv_heads, head_dim] float32, changed in place.
+        lengths: [batch] int32, at least 1, the new token included.
+        chunk_query: [kv_heads, head_dim].
+        chunk_size: tokens per chunk.
+
+    Raises: ValueError naming the argument, its shape and what was expected.
+    """
+    check_cache(k_cache, summaries, lengths, chunk_size)
+    check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
+    sequence = torch.arange(k_cache.shape[0], device=k_cache.device)
+    chunk = (lengths.long() - 1) // chunk_size
+    tokens = chunk[:, None] * chunk_size + torch.arange(chunk_size, device=k_cache.device)
+    # In an incomplete chunk at the end of the cache some tokens do not exist; its summary is not kept.
+    keys = k_cache[sequence[:, None], tokens.clamp(max=k_cache.shape[1] - 1)]
+    new = summarize(whole_chunks(keys, chunk_size), chunk_query, chunk_size)[:, :, 0]
+    completed = (lengths % chunk_size == 0)[:, None, None]
+    summaries[sequence, chunk] = torch.where(completed, new.to(summaries.dtype), summaries[sequence, chunk])
+
+
+def dash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    *,
+    chunk_size: int = 64,
+    routing_scale: float = 1.0,
+    prior_normalizer: str = "geometric_mean",
+    prior_temperature: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """DashAttention of the newest token of each sequence: the last row of dash_attention over the first `lengths` keys.
+
+    Args:
+        q: [batch, heads, head_dim], after RoPE, standing at position lengths - 1. Its own chunk is
+            (lengths - 1) // chunk_size, even when it completes it.
+        k_cache, v_cache: [batch, capacity, kv_heads, head_dim]; what lies beyond `lengths` is not read.
+        summaries: [batch, ceil(capacity / chunk_size), kv_heads, head_dim] float32, of the complete chunks.
+        lengths: [batch] int32, from 1 to capacity, the new token included.
+        chunk_size, routing_scale, prior_normalizer, prior_temperature: as in dash_attention.
+        backend: "reference" (torch) or "auto".
+
+    Returns: [batch, heads, head_dim] in q's type.
+
+    Raises: ValueError naming the argument, its shape and what was expected.
+    """
+    check_dimensions("q", q, "batch", "heads", "head_dim")
+    check_cache(k_cache, summaries, lengths, chunk_size)
+    batch, capacity, kv_heads, _ = k_cache.shape
+    check_shape("k_cache", k_cache, batch=q.shape[0], capacity=capacity, kv_heads=kv_heads, head_dim=q.shape[2])
+    check_shape("v_cache", v_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=q.shape[2])
+    check_group(q.shape[1], kv_heads)
+    check_same_kind("k_cache", k_cache, q)
+    check_same_kind("v_cache", v_cache, q)
+    check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise ValueError("backend='triton' of dash_decode is not built yet: use backend='reference'")
+
+    grouped_q = group_heads(q[:, None], kv_heads)
+    unwritten = (torch.arange(capacity, device=q.device) >= lengths[:, None])[..., None, None]
+    rows = Rows(
+        q=grouped_q,
+        k=whole_chunks(k_cache.masked_fill(unwritten, 0), chunk_size),
+        v=whole_chunks(v_cache.masked_fill(unwritten, 0), chunk_size),
+        summaries=summaries.transpose(1, 2).to(grouped_q.dtype),
+        positions=lengths[:, None] - 1,
+        starts=torch.zeros_like(lengths)[:, None],
+        support=None,
+    )
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    return attend_rows(rows, config).out.flatten(1, 3).to(q.dtype)
+
+
+def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size: int) -> None:
+    """The cache's tensors fit together."""
+    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
+    batch, capacity, kv_heads, head_dim = k_cache.shape
+    chunks = -(-capacity // chunk_size)
+    check_shape("summaries", summaries, batch=batch, chunks=chunks, kv_heads=kv_heads, head_dim=head_dim)
+    check_shape("lengths", lengths, batch=batch)

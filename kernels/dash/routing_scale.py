@@ -1,0 +1,88 @@
+"""Finding the routing scale at which a layer's density is a given number: `routing_scale: auto`."""
+
+import torch
+from torch import Tensor
+
+from dash_train.kernels.dash.stages import eligible_chunks, group_heads, route, summarize, whole_chunks
+
+SCALES = (2.0**-6, 2.0**12)  # where the search looks
+HALVINGS = 16  # of 18 octaves: the scale is found to 2^(18 / 2^16), 0.02 %
+SCORES_PER_BLOCK = 2**24  # elements of [batch, heads, rows, chunks] held at a time
+
+
+@torch.no_grad()
+def routing_density(
+    q: Tensor,
+    k: Tensor,
+    chunk_query: Tensor,
+    *,
+    routing_scale: float,
+    chunk_size: int = 64,
+    document_starts: Tensor | None = None,
+    real: Tensor | None = None,
+) -> float:
+    """The density at one routing scale: routed over eligible (token, chunk) pairs, without stage 2.
+
+    q, k, chunk_query, chunk_size and document_starts are those of dash_attention with q_len = seq. `real` (bool
+    [batch, seq], default all) marks the tokens that count. Returns 0 when nothing is eligible. Waits for the device.
+    """
+    batch, seq, heads, _ = q.shape
+    if document_starts is None:
+        document_starts = torch.zeros(1, seq, dtype=torch.int32, device=q.device)
+    if real is None:
+        real = torch.ones(1, seq, dtype=torch.bool, device=q.device)
+    grouped_q = group_heads(q, k.shape[2])
+    summaries = summarize(whole_chunks(k, chunk_size), chunk_query, chunk_size)
+    positions = torch.arange(seq, device=q.device)[None]
+    size = max(1, SCORES_PER_BLOCK // (batch * heads * summaries.shape[2]))
+    active = torch.zeros((), dtype=torch.int64, device=q.device)
+    eligible = torch.zeros((), dtype=torch.int64, device=q.device)
+    for low in range(0, seq, size):
+        rows = slice(low, low + size)
+        block = eligible_chunks(positions[:, rows], document_starts[:, rows], summaries.shape[2], chunk_size)
+        routed = route(grouped_q[:, :, :, rows], summaries, block, routing_scale).routed
+        active += (routed & real[:, None, rows, None]).sum()
+        eligible += (block & real[:, rows, None]).expand(batch, -1, -1).sum()
+    return (active.double() / (eligible * k.shape[2]).clamp(min=1)).item()
+
+
+def find_routing_scale(
+    q: Tensor,
+    k: Tensor,
+    chunk_query: Tensor,
+    target: float,
+    *,
+    chunk_size: int = 64,
+    document_starts: Tensor | None = None,
+    real: Tensor | None = None,
+) -> float:
+    """The smallest routing scale, from 2^-6 to 2^12, whose density on this batch is at most `target`.
+
+    Arguments as in routing_density; the result is the same on every run. Density falls as the scale grows, down to a
+    floor set by heads that disagree: a target below it is taken to be 1.02 times the density at 2^12.
+
+    Raises: ValueError when target is not between 0 and 1.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"target is {target}, expected a density above 0 and at most 1")
+
+    def density(scale: float) -> float:
+        return routing_density(
+            q,
+            k,
+            chunk_query,
+            routing_scale=scale,
+            chunk_size=chunk_size,
+            document_starts=document_starts,
+            real=real,
+        )
+
+    low, high = SCALES
+    target = max(target, 1.02 * density(high))
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        if density(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return high
