@@ -56,8 +56,7 @@ def generate(
             logits = model(newest, cache=cache)["logits"][:, 0] if cache else _last_logits(model, rows, None)
         tokens = _sample(logits, temperature, top_p, generators)
         yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
         finished = [done or token == eos_id for token, done in zip(tokens, finished, strict=True)]
         if all(finished):
             return

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dash_train.kernels.dash import dash_attention
+from dash_train.kernels.dash import (
+    chunk_summaries,
+    dash_attention,
+    dash_decode,
+    find_routing_scale,
+    update_summaries,
+)
 from dash_train.model.cache import LayerCache
 from dash_train.model.config import ModelConfig
 from dash_train.model.layers import Linear
@@ -17,13 +23,17 @@ STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active"
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of one layer, of the type that the configuration names for it."""
+    """Grouped-query attention of one layer, of the type that the configuration names for it.
+
+    While `calibrate_to` is a density, a forward of a Dash layer first sets `routing_scale` to the scale that gives it.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
         self.attention_type = config.attention_type(layer)
         self.routing_scale = config.routing_scale(layer)
+        self.calibrate_to: float | None = None
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         std, residual_std = config.init_std, config.init_std / (2 * config.layers) ** 0.5
         self.q_proj = Linear(config.hidden_size, heads * head_dim, std)
@@ -62,10 +72,7 @@ class Attention(nn.Module):
         elif self.attention_type == "full":
             out = full_attention(q, k, v, mask)
         else:
-            out, stats = dash_attention(
-                q, k, v, self.chunk_query, document_starts=document_starts, return_stats=True, **self._routing()
-            )
-            statistics = torch.stack(stats.summary(real)).float()
+            out, statistics = self._dash_attention(q, k, v, document_starts, real)
         if cache is not None and hidden.shape[1] > 1:
             self._store_prompt(k, v, cache)
         return self.o_proj(out.flatten(2)), statistics
@@ -80,8 +87,26 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
 
+    def _dash_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.calibrate_to is not None:
+            self.routing_scale = find_routing_scale(
+                q,
+                k,
+                self.chunk_query,
+                self.calibrate_to,
+                chunk_size=self.config.attention.chunk_size,
+                document_starts=document_starts,
+                real=real,
+            )
+        out, stats = dash_attention(
+            q, k, v, self.chunk_query, document_starts=document_starts, return_stats=True, **self._routing()
+        )
+        return out, torch.stack(stats.summary(real)).float()
+
     def _routing(self) -> dict[str, Any]:
-        """The keywords that say how this layer routes, in training and in decoding alike."""
+        """How this layer routes: keywords of dash_attention and dash_decode alike."""
         attention = self.config.attention
         return {
             "chunk_size": attention.chunk_size,
@@ -93,13 +118,21 @@ class Attention(nn.Module):
     def _store_prompt(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
         cache.keys[:, : k.shape[1]] = k
         cache.values[:, : v.shape[1]] = v
+        if cache.summaries is not None:
+            summaries = chunk_summaries(k, self.chunk_query, chunk_size=self.config.attention.chunk_size)
+            cache.summaries[:, : summaries.shape[1]] = summaries
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache) -> Tensor:
         """Store the new token's key and value, `[batch, 1, kv_heads, head_dim]`, and attend to all of the row."""
         row = torch.arange(len(k), device=k.device)
         cache.keys[row, cache.lengths - 1] = k[:, 0]
         cache.values[row, cache.lengths - 1] = v[:, 0]
-        return full_attention(q, cache.keys, cache.values, mask)
+        if cache.summaries is None:
+            return full_attention(q, cache.keys, cache.values, mask)
+        chunk_size = self.config.attention.chunk_size
+        update_summaries(cache.keys, cache.summaries, cache.lengths, self.chunk_query, chunk_size=chunk_size)
+        out = dash_decode(q[:, 0], cache.keys, cache.values, cache.summaries, cache.lengths, **self._routing())
+        return out[:, None]
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Stretches RoPE to a longer context than the weights were trained at."""
+    """Stretches RoPE to a longer context than the weights were trained at; null (the default) leaves it alone."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 layers)."""
     attention: AttentionConfig = AttentionConfig()

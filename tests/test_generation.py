@@ -11,7 +11,7 @@ Build = Callable[..., LanguageModel]
 PROMPTS = [[1, 2, 3], list(range(30)), [5] * 47, [9]]
 
 
-@pytest.mark.parametrize("attention", ["full"])
+@pytest.mark.parametrize("attention", ["full", "dash"])
 def test_cache_changes_nothing(attention: str, tiny_model: Build) -> None:
     """Ragged prompts, over several chunk boundaries (the chunk is 16)."""
     model = tiny_model(attention)
