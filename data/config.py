@@ -15,7 +15,7 @@ class SourceConfig(Section):
     type: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
     """`stdlib` (the running Python's standard library source), local files, or a Hugging Face dataset."""
     path: str | None = None
-    """A file, a folder or a glob (`text`: one document per file; `jsonl`, `parquet`: one per row), or a dataset name."""
+    """A file, a folder or a glob (`text`: one document per file; `jsonl`, `parquet`: one per row), or a dataset."""
     name: str | None = None
     """Configuration of a Hugging Face dataset."""
     split: str = "train"
@@ -48,7 +48,7 @@ class DataConfig(Section):
     """What a malformed document does: stop with its file and line, or be skipped and counted."""
     shard_tokens: Annotated[int, Field(ge=1024)] = 100_000_000
     """Tokens in one shard file."""
-    workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that tokenize; null uses every core."""
-    seed: int = 0
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Threads that tokenize; null uses every core."""
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split, of packing and of the order of rows."""

@@ -1,0 +1,210 @@
+"""Rows and batches. Which rows a step holds depends on the data, the seed and the step alone."""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dash_train.data.errors import DataError
+from dash_train.data.packing import PACKER_VERSION, Packing, pack_epoch
+from dash_train.data.shards import TokenShards
+
+IGNORED = -100  # the label that no loss counts
+STEPS_AHEAD = 2
+
+Row = dict[str, Tensor]
+
+
+class RowDataset:
+    """The packed rows of a split, `train` or `validation`, of a folder that `prepare` made.
+
+    `weights` are the passes over each source in one epoch (default: one each). Rows are numbered by an index that runs
+    on through the epochs; within an epoch they come in a seeded order.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        seq: int,
+        chunk_size: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if seq % chunk_size:
+            raise DataError(f"train.seq: {seq} is not a multiple of chunk_size {chunk_size}; rows hold whole chunks")
+        self.shards = TokenShards(Path(folder) / split)
+        if not self.shards.meta.documents:
+            raise DataError(f"{Path(folder) / split}: holds no document; give more documents")
+        self.seq = seq
+        self.chunk_size = chunk_size
+        self.weights = list(weights or [1.0] * len(self.shards.meta.sources))
+        if len(self.weights) != len(self.shards.meta.sources):
+            raise DataError(f"weights: {len(self.weights)} given for {len(self.shards.meta.sources)} sources")
+        self.seed = seed
+        self._packings: dict[int, Packing] = {}
+        self._epoch_starts = [0]
+
+    def rows(self, epoch: int) -> int:
+        """Return the number of rows of an epoch."""
+        # Whole weights read the same documents in every epoch, which pack into the same number of rows.
+        whole = all(weight == int(weight) for weight in self.weights)
+        return self.packing(0 if whole else epoch).rows
+
+    def packing(self, epoch: int) -> Packing:
+        """Return the rows of an epoch as pieces of documents; the last few epochs asked for are kept."""
+        if epoch not in self._packings:
+            if len(self._packings) == 3:
+                del self._packings[next(iter(self._packings))]
+            self._packings[epoch] = pack_epoch(
+                self.shards.lengths,
+                self.shards.sources,
+                seq=self.seq,
+                chunk_size=self.chunk_size,
+                weights=self.weights,
+                seed=self.seed,
+                epoch=epoch,
+            )
+        return self._packings[epoch]
+
+    def fill(self, epoch: int = 0) -> float:
+        """Return the share of an epoch's row positions that hold a token of a document."""
+        packing = self.packing(epoch)
+        return int(packing.length.sum()) / (packing.rows * self.seq)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the epoch that a row index falls into and its place in that epoch."""
+        while index >= self._epoch_starts[-1]:
+            self._epoch_starts.append(self._epoch_starts[-1] + self.rows(len(self._epoch_starts) - 1))
+        epoch = bisect_right(self._epoch_starts, index) - 1
+        return epoch, index - self._epoch_starts[epoch]
+
+    def row_id(self, index: int) -> int:
+        """Return the number of the packed row that stands at an index: the index with the shuffling undone."""
+        epoch, place = self.locate(index)
+        return self._epoch_starts[epoch] + int(self.packing(epoch).order[place])
+
+    def row(self, index: int) -> Row:
+        """Return the row at an index, four tensors `[seq]`.
+
+        `tokens` (int64): the token ids, the pad id where there is none. `labels` (int64): the next token of the same
+        document, also when the next row holds it; -100 for a document's last token and for pads. `document_starts`
+        (int32): the position in the row at which the token's document begins, a multiple of chunk_size; the part of
+        a split document counts as a document of its own, a pad belongs to the document before it in its chunk, or to
+        its own chunk. `real` (bool): false for pads.
+        """
+        epoch, place = self.locate(index)
+        packing = self.packing(epoch)
+        row = packing.order[place]
+        tokens = np.full(self.seq, self.shards.meta.pad_id, dtype=np.int64)
+        labels = np.full(self.seq, IGNORED, dtype=np.int64)
+        starts = np.arange(self.seq, dtype=np.int32) // self.chunk_size * self.chunk_size
+        real = np.zeros(self.seq, dtype=bool)
+        for piece in range(packing.row_starts[row], packing.row_starts[row + 1]):
+            at, start, length = packing.position[piece], packing.start[piece], packing.length[piece]
+            document = self.shards.tokens(packing.document[piece], start, start + length + 1)
+            tokens[at : at + length] = document[:length]
+            labels[at : at + len(document) - 1] = document[1:]
+            starts[at : at + -(-length // self.chunk_size) * self.chunk_size] = at
+            real[at : at + length] = True
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "labels": torch.from_numpy(labels),
+            "document_starts": torch.from_numpy(starts),
+            "real": torch.from_numpy(real),
+        }
+
+    def padding_row(self) -> Row:
+        """Return a row without any document, for ranks that have run out of rows."""
+        positions = torch.arange(self.seq, dtype=torch.int32)
+        return {
+            "tokens": torch.full((self.seq,), self.shards.meta.pad_id, dtype=torch.int64),
+            "labels": torch.full((self.seq,), IGNORED, dtype=torch.int64),
+            "document_starts": positions // self.chunk_size * self.chunk_size,
+            "real": torch.zeros(self.seq, dtype=torch.bool),
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what decides the rows, ready for JSON: two runs that agree on it see the same rows."""
+        return {
+            "shards": self.shards.digest(),
+            "tokenizer": self.shards.meta.tokenizer_hash,
+            "seq": self.seq,
+            "chunk_size": self.chunk_size,
+            "weights": self.weights,
+            "seed": self.seed,
+            "packer_version": PACKER_VERSION,
+        }
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step: the packed rows of all ranks, and the micro-batches of this one (tensors `[micro, seq]`)."""
+
+    step: int
+    epoch: int
+    rows: list[int]
+    micro_batches: list[dict[str, Tensor]]
+
+
+def step_batches(
+    dataset: RowDataset, *, global_batch_size: int, micro_batch_size: int, rank: int, world: int, start_step: int = 0
+) -> Iterator[StepBatch]:
+    """Yield the batches of step `start_step`, `start_step` + 1, ... without end, made ahead in a background thread.
+
+    Step s holds the rows at indices s * global_batch_size onwards; `rank` and `world` count data-parallel ranks and
+    decide only who reads which of them. Closing the iterator stops the thread.
+    """
+    accumulation, rest = divmod(global_batch_size, micro_batch_size * world)
+    if rest:
+        raise DataError(
+            f"train.global_batch_size: {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+            f"times {world} data-parallel ranks"
+        )
+
+    def make(step: int) -> StepBatch:
+        first = step * global_batch_size
+        micro_batches = []
+        for micro in range(accumulation):
+            start = first + (micro * world + rank) * micro_batch_size
+            micro_batches.append(_stack([dataset.row(start + i) for i in range(micro_batch_size)]))
+        rows = [dataset.row_id(first + i) for i in range(global_batch_size)]
+        return StepBatch(step, dataset.locate(first)[0], rows, micro_batches)
+
+    def run() -> Iterator[StepBatch]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        try:
+            ahead = deque(thread.submit(make, start_step + i) for i in range(STEPS_AHEAD))
+            for step in count(start_step + STEPS_AHEAD):
+                ahead.append(thread.submit(make, step))
+                yield ahead.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+    return run()
+
+
+def validation_batches(
+    dataset: RowDataset, *, micro_batch_size: int, rank: int, world: int, limit_rows: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this rank's micro-batches of the first `limit_rows` rows (default: all), the same ones every time.
+
+    Every rank gets the same number of full micro-batches; rows without labels fill up the last ones.
+    """
+    rows = dataset.rows(0) if limit_rows is None else min(limit_rows, dataset.rows(0))
+    for first in range(0, rows, micro_batch_size * world):
+        mine = range(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
+        yield _stack([dataset.row(index) if index < rows else dataset.padding_row() for index in mine])
+
+
+def _stack(rows: list[Row]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

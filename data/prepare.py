@@ -1,0 +1,158 @@
+"""From text to token shards, once: later runs with the same sources and settings find them in the cache."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dash_train.data.config import DataConfig
+from dash_train.data.errors import DataError
+from dash_train.data.shards import FORMAT_VERSION, ShardWriter
+from dash_train.data.sources import describe, read_documents, source_files
+from dash_train.data.split import SplitDocument, split_documents
+from dash_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+BATCH_CHARACTERS = 4_000_000  # text that is tokenized at a time
+LOG_SECONDS = 10.0
+
+
+def prepare(config: DataConfig) -> Path:
+    """Return the folder of the prepared data, making it first when the cache has none.
+
+    It holds `tokenizer/`, `train/` and `validation/`, and is named by what it is made from: the sources (paths, sizes
+    and times of local files), the tokenizer, the split and the shard format. It appears all at once or not at all;
+    when two processes make the same one, the first to finish wins and the other's work is dropped.
+    """
+    folder = Path(config.cache).expanduser() / cache_key(config)
+    if folder.exists():
+        return folder
+    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        unfinished.mkdir(parents=True)
+        _write(config, unfinished)
+        if not folder.exists():
+            unfinished.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # else another process renamed its folder in between
+            fix = "free space, or set data.cache to another disk" if error.errno == errno.ENOSPC else "check the path"
+            raise DataError(f"{error.filename or folder}: cannot prepare data: {error.strerror}; {fix}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def cache_key(config: DataConfig) -> str:
+    """Return the name of the folder that holds a configuration's prepared data."""
+    made_from = {
+        "format_version": FORMAT_VERSION,
+        "sources": [source.model_dump(exclude={"weight"}) for source in config.sources],
+        "files": [_stamps(source_files(source)) for source in config.sources],
+        "tokenizer": config.tokenizer.model_dump(),
+        "tokenizer_files": _stamps(_tokenizer_files(config)),
+        "split": [config.seed, config.validation_fraction],
+        "on_bad_document": config.on_bad_document,
+        "shard_tokens": config.shard_tokens,
+    }
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+
+
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+
+def _tokenizer_files(config: DataConfig) -> list[Path]:
+    if config.tokenizer.path is None:
+        return []
+    path = Path(config.tokenizer.path).expanduser()
+    return sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+
+
+def _write(config: DataConfig, folder: Path) -> None:
+    """Make the tokenizer and tokenize both splits into `folder`."""
+    skipped = _BadDocuments(config.on_bad_document)
+    tokenizer = _tokenizer(config, folder / "tokenizer", skipped)
+    sources = [describe(source) for source in config.sources]
+    writers = {
+        split: ShardWriter(folder / split, tokenizer, sources, config.shard_tokens) for split in ("train", "validation")
+    }
+    threads = config.workers or os.cpu_count() or 1
+    skipped.count = 0
+    started = logged = time.monotonic()
+    documents = tokens = text_bytes = 0
+
+    def progress(verb: str) -> None:
+        logger.info(
+            "%s %d documents, %d tokens, %.2f bytes per token, %d skipped, %.0f s",
+            *(verb, documents, tokens, text_bytes / max(tokens, 1), skipped.count, time.monotonic() - started),
+        )
+
+    for batch in _batches(_documents(config, skipped)):
+        for document, ids in zip(batch, tokenizer.encode_batch([item.text for item in batch], threads), strict=True):
+            size = len(document.text.encode("utf-8"))
+            writers[document.split].add(ids, document.source, size)
+            documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + size
+        if time.monotonic() - logged > LOG_SECONDS:
+            logged = time.monotonic()
+            progress("tokenized")
+    if not documents:
+        raise DataError(
+            f"data.sources: no text in {', '.join(sources)}; expected at least one document that is not empty"
+        )
+    for writer in writers.values():
+        writer.close()
+    progress("prepared")
+
+
+class _BadDocuments:
+    """What to do with a malformed document: `error` raises, `skip` logs and counts it."""
+
+    def __init__(self, on_bad_document: str) -> None:
+        self.raises = on_bad_document == "error"
+        self.count = 0
+
+    def reject(self, message: str) -> None:
+        if self.raises:
+            raise DataError(f"{message}; mend it, or set data.on_bad_document: skip")
+        self.count += 1
+        logger.warning("skipped %s", message)
+
+
+def _documents(config: DataConfig, bad: _BadDocuments) -> Iterator[SplitDocument]:
+    texts = (
+        (document.text, number)
+        for number, source in enumerate(config.sources)
+        for document in read_documents(source, bad.reject)
+    )
+    return split_documents(texts, config.seed, config.validation_fraction)
+
+
+def _tokenizer(config: DataConfig, folder: Path, bad: _BadDocuments) -> Tokenizer:
+    """Load the configured tokenizer, or train one on the training documents, and save it in `folder`."""
+    if config.tokenizer.path is None:
+        texts = (document.text for document in _documents(config, bad) if document.split == "train")
+        return train_tokenizer(texts, config.tokenizer, folder / "tokenizer.model")
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _batches(documents: Iterable[SplitDocument]) -> Iterator[list[SplitDocument]]:
+    """Group documents into lists of about `BATCH_CHARACTERS`."""
+    batch: list[SplitDocument] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
