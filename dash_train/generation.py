@@ -37,9 +37,9 @@ def generate(
     Raises:
         UserError: a prompt is empty.
     """
-    for row, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError(f"prompt {row} is empty: expected at least one token, such as the tokenizer's <bos>")
+            raise UserError(f"prompt {index} is empty: expected at least one token, such as the tokenizer's <bos>")
     parameter = next(model.parameters())
     generators = [_generator(seed, row, parameter.device) for row in range(len(prompts))]
     cache = None
@@ -56,7 +56,8 @@ def generate(
             logits = model(newest, cache=cache)["logits"][:, 0] if cache else _last_logits(model, rows, None)
         tokens = _sample(logits, temperature, top_p, generators)
         yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
-        rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
         finished = [done or token == eos_id for token, done in zip(tokens, finished, strict=True)]
         if all(finished):
             return

@@ -1,0 +1,35 @@
+# The two set-up commands: `make pretrain` and `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/quickstart
+EXPORT := exports/quickstart
+# A port nobody listens on: two jobs on DeepSpeed's default port would join each other's ranks.
+FREE_PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+.PHONY: install pretrain test lint docs clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+pretrain: install  ## tokenizer, training, checkpoint, metrics, figure, export, sample: a few minutes on 2 CPU cores
+	$(BIN)/deepspeed --num_accelerators 1 --master_port $(FREE_PORT) launch/pretrain.py recipes/quickstart.yaml
+	$(BIN)/python launch/export.py $(RUN) $(EXPORT)
+	$(BIN)/python launch/generate.py $(EXPORT) --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p dash_train
+
+docs: install
+	$(BIN)/python -m dash_train.recipe_docs docs/recipe.md
+
+clean:
+	rm -rf .venv .cache runs exports

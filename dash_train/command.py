@@ -1,0 +1,49 @@
+"""What every command under `launch/` shares: its arguments, its log lines and how it reports a user's mistake."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from dash_train.data.errors import DataError
+from dash_train.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every command takes: --debug, and the --local_rank that the DeepSpeed launcher puts first."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def recipe_parser(description: str | None) -> argparse.ArgumentParser:
+    """A command's parser with `recipe.yaml [key.sub=value ...]`."""
+    parser = command_parser(description)
+    parser.add_argument("recipe", help="a recipe (YAML); docs/recipe.md lists every key")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
+    return parser
+
+
+def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and run `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    args = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    try:
+        main(args)
+    except (UserError, DataError, OSError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {_one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,117 @@
+"""The weights a run starts from: random, or those of another run or of an exported folder (`init.from`)."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_train import checkpoint
+from dash_train.errors import UserError
+from dash_train.model.config import ModelConfig
+from dash_train.model.transformer import LanguageModel
+from dash_train.recipe import Recipe
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """Existing weights, with the model and the tokenizer they belong to."""
+
+    config: ModelConfig
+    tokenizer: Path
+    load: Callable[[], dict[str, Tensor]]
+    """Reads the weights, fp32 on the CPU, by state-dict name."""
+
+
+def open_source(path: str | Path) -> Source:
+    """Open what `init.from` names: a run folder, one of its checkpoints, or an exported (Hugging Face) folder.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir() or (path / checkpoint.MANIFEST).is_file():
+        found = checkpoint.find(path)
+        run_dir = found.parent.parent
+        return Source(
+            checkpoint.load_model_config(found), run_dir / "tokenizer", lambda: checkpoint.load_weights(found)
+        )
+    if (path / "config.json").is_file():
+        from dash_train.conversion import read_folder
+
+        config, load = read_folder(path)
+        return Source(config, path, load)
+    raise UserError(f"init.from: {path}: expected a run folder, a checkpoint or an exported folder, found none of them")
+
+
+def resolve_model_config(recipe: Recipe, source: Source | None, vocab_size: int) -> ModelConfig:
+    """The model of a run: the source's, with what the recipe sets itself; the vocabulary is the tokenizer's.
+
+    Raises:
+        UserError: the vocabulary is too small for the tokenizer.
+    """
+    config = recipe.model.model_copy(deep=True)
+    if source is not None:
+        values = source.config.model_dump()
+        _merge(values, recipe.model.model_dump(exclude_unset=True))
+        config = ModelConfig.model_validate(values)
+    if config.vocab_size is None:
+        config.vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's ({vocab_size}); leave it out"
+        )
+    return config
+
+
+def build_model(
+    recipe: Recipe, config: ModelConfig, load: Callable[[], dict[str, Tensor]] | None, deepspeed_config: dict[str, Any]
+) -> LanguageModel:
+    """The model with its initial weights, drawn from `train.seed` or read by `load`.
+
+    Under ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    import deepspeed
+
+    torch.manual_seed(recipe.train.seed)
+    partitioned = recipe.parallel.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext():
+        model = LanguageModel(config, activation_checkpointing=recipe.train.activation_checkpointing)
+    if load is not None:
+        _copy_weights(model, load(), str(recipe.init.from_))
+    return model
+
+
+def _copy_weights(model: LanguageModel, weights: dict[str, Tensor], origin: str) -> None:
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            if name.endswith(
+                "chunk_query"
+            ):  # full-attention weights that become Dash: the summary starts as the mean key
+                continue
+            raise UserError(f"init.from: {origin} holds no {name}; is it a Llama-style model of this shape?")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if parameter.shape != weights[name].shape:
+                raise UserError(
+                    f"init.from: {name} has shape {list(weights[name].shape)} in {origin}, the recipe's model needs "
+                    f"{list(parameter.shape)}; leave the model section out to take over its shape"
+                )
+            parameter.copy_(weights[name])
+
+
+def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

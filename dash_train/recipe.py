@@ -1,0 +1,288 @@
+"""The recipe: one YAML file that says everything about a run, as plain typed data.
+
+`load_recipe` reads it, applies `key.sub=value` overrides and checks it; docs/recipe.md is generated from these classes.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from dash_train.data.config import DataConfig
+from dash_train.errors import UserError
+from dash_train.model.config import ModelConfig, PositiveFloat, Section
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class InitConfig(Section):
+    from_: str | None = Field(default=None, alias="from")
+    """Weights to start from: a run folder, one of its checkpoints, or an exported (Hugging Face) folder; null draws
+    random weights. The optimizer and the schedule always start fresh."""
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[Ratio, Ratio] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay; embeddings, norms and chunk_query get none."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class ScheduleConfig(Section):
+    type: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warmup: cosine to the end, warmup-stable-decay, or constant."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: PositiveInt | None = None
+    """`wsd`: steps of the final decay; null takes a fifth of the run."""
+    decay: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """`wsd`: shape of the final decay."""
+    min_lr_ratio: Ratio = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    seq: PositiveInt = 8192
+    """Tokens per row; a multiple of model.attention.chunk_size."""
+    micro_batch_size: PositiveInt = 1
+    """Rows that one rank runs at a time."""
+    global_batch_size: PositiveInt = 8
+    """Rows of one optimizer step over all ranks; a multiple of micro_batch_size times the number of ranks."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the model; master weights, moments and gradient accumulation are fp32 either way."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` keeps only each block's input and recomputes the rest in the backward pass."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    validate_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between validations (also before the first step and after the last); 0 never validates."""
+    validation_rows: PositiveInt = 64
+    """Rows of the validation set that a validation reads."""
+    max_nonfinite_steps: PositiveInt = 10
+    """Steps with a non-finite gradient are skipped; this many in a row stop the run."""
+
+
+class ParallelConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what is partitioned over the ranks (1 optimizer state, 2 also gradients, 3 also weights)."""
+    context: Literal[1] = 1
+    """Ranks that share one sequence."""
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 500
+    """Steps between checkpoints (also at the end, and on SIGTERM or SIGUSR1)."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+
+class TrackingConfig(Section):
+    log_every: PositiveInt = 1
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["auto", "online", "offline", "off"] = "off"
+    """Weights & Biases; `auto` is online when logged in, else offline. The run id survives a resume."""
+    project: str = "dash-train"
+    """Weights & Biases project."""
+
+
+class Recipe(Section):
+    run_dir: str
+    """Folder of the run: resolved recipe, checkpoints, metrics.jsonl, figures. A run that finds a checkpoint there
+    resumes from it."""
+    init: InitConfig = InitConfig()
+    """Where the weights come from."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer, rows."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    train: TrainConfig = TrainConfig()
+    """Steps, batches, precision, validation."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is spread over ranks."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved, and when."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go besides metrics.jsonl."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Added to the generated DeepSpeed configuration; keys are checked, and those the recipe sets are refused."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        train, chunk_size = self.train, self.model.attention.chunk_size
+        if train.seq % chunk_size:
+            raise ValueError(f"train.seq ({train.seq}) must be a multiple of model.attention.chunk_size ({chunk_size})")
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({train.micro_batch_size})"
+            )
+        if self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and decay_steps "
+                f"({self.schedule.decay_steps or 0}) exceed train.steps ({train.steps})"
+            )
+        if train.precision == "bf16" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                "train.precision bf16 needs parallel.zero_stage 1, 2 or 3: DeepSpeed's stage 0 applies Adam's first "
+                "step twice in bf16"
+            )
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.sub=value` strings; values are YAML, list items are addressed by number (`data.sources.0.path`).
+
+    Raises:
+        UserError: one line with file, line, key, what was expected and the nearest right name of an unknown key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe; recipes/ holds examples")
+    text = path.read_text()
+    try:
+        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `section: ...` keys, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_describe(error, path, lines)) from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, for example train.steps=100")
+    node: Any = values
+    parts: list[Any] = [int(part) if part.isdigit() else part for part in key.split(".")]
+    try:
+        for part in parts[:-1]:
+            if isinstance(node, dict) and node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        node[parts[-1]] = yaml.safe_load(text)
+    except (TypeError, IndexError, KeyError) as error:
+        raise UserError(f"override {override!r}: {key} names nothing in this recipe") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def _key_lines(node: Any, path: Path, prefix: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+    """The line of every key, for messages; a key that stands twice is refused, since YAML would drop the first."""
+    lines: dict[tuple[Any, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = (*prefix, key.value)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise UserError(f"{path}:{line}: {_dotted(name)} is set twice (first in line {lines[name]})")
+            lines[name] = line
+            lines |= _key_lines(value, path, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines |= _key_lines(value, path, (*prefix, index))
+    return lines
+
+
+def _describe(error: ValidationError, path: Path, lines: dict[tuple[Any, ...], int]) -> str:
+    """One line for the first key that is wrong (a value that fits no type of a union has one error per type)."""
+    errors = error.errors()
+    location, section = _locate(errors[0]["loc"])
+    same_key = [e for e in errors if _locate(e["loc"])[0] == location]
+    others = len({_locate(e["loc"])[0] for e in errors}) - 1
+    where = f"{path}:{lines[location]}" if location in lines else str(path)
+    key = f"{_dotted(location)}: " if location else ""
+    kind = errors[0]["type"]
+    if kind == "extra_forbidden":
+        message = "unknown key" + _nearest(location, section)
+    elif kind == "missing":
+        message = "is required"
+    elif kind == "value_error":
+        message = str(errors[0]["ctx"]["error"])
+    else:
+        expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input ") for e in same_key))
+        message = f"{expected}, found {errors[0]['input']!r}"
+    return f"{where}: {key}{message}" + (f" (and {others} more)" if others else "")
+
+
+def _locate(loc: tuple[int | str, ...]) -> tuple[tuple[Any, ...], type[BaseModel] | None]:
+    """The recipe key of a pydantic location (which also names union branches), and the section it stands in."""
+    section: type[BaseModel] | None = Recipe
+    node: Any = Recipe
+    key: list[Any] = []
+    for part in loc:
+        if isinstance(part, int):
+            key.append(part)
+        elif node is not None:
+            section = node
+            key.append(part)
+            node = None
+            field = next((f for n, f in section.model_fields.items() if (f.alias or n) == part), None)
+            if field is not None:
+                node = next((t for t in flatten_annotation(field.annotation) if is_section(t)), None)
+    return tuple(key), section
+
+
+def flatten_annotation(annotation: Any) -> list[Any]:
+    """An annotation's own types: `list[A] | None` has list[A], A and None."""
+    return [annotation] + [inner for arg in get_args(annotation) for inner in flatten_annotation(arg)]
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every key of a recipe, dotted."""
+    keys = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        keys.append(key)
+        for inner in filter(is_section, flatten_annotation(field.annotation)):
+            keys += recipe_keys(inner, f"{key}.")
+    return keys
+
+
+def _nearest(location: tuple[Any, ...], section: type[BaseModel] | None) -> str:
+    *parents, name = [str(part) for part in location]
+    siblings = [field.alias or n for n, field in section.model_fields.items()] if section else []
+    if close := difflib.get_close_matches(name, siblings, n=1):
+        return f"; did you mean {'.'.join([*parents, close[0]])}?"
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(recipe_keys())}
+    if close := difflib.get_close_matches(name, list(elsewhere), n=1):
+        return f"; did you mean {elsewhere[close[0]]}?"
+    return f"; here stand {', '.join(siblings)}"
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in location)

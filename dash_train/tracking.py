@@ -1,0 +1,152 @@
+"""What a run tells the world: progress on the terminal, metrics.jsonl, Weights & Biases, and what it ran on."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dash_train.metrics import MetricsFile
+from dash_train.recipe import Recipe
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "liger-kernel")
+
+
+class Tracker:
+    """The main rank's reporter. On a terminal a progress bar, elsewhere one plain line a step."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, first_step: int) -> None:
+        self.metrics = MetricsFile(run_dir)
+        self.wandb = _start_wandb(recipe, run_dir)
+        self.steps = recipe.train.steps
+        self.console = Console(highlight=False)
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.first_step, self.started = first_step, time.perf_counter()
+        if self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.progress = Progress(*columns, console=self.console)
+            self.task = self.progress.add_task("", total=self.steps, completed=first_step)
+            self.progress.start()
+
+    def log_training(self, values: dict[str, Any]) -> None:
+        """Write a training line and show it."""
+        self._write(values)
+        line = training_line(values, self.steps, self._eta(values["step"]))
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=values["step"], description=line)
+        else:
+            print(line, flush=True)
+
+    def log_validation(self, values: dict[str, Any]) -> None:
+        """Write a validation line and show it."""
+        self._write(values)
+        self.say(
+            f"step {values['step']}: validation loss {values['validation_loss']:.4f}, "
+            f"{values['validation_bits_per_byte']:.4f} bits per byte{_density(values, 'validation_density')}"
+        )
+
+    def say(self, text: str) -> None:
+        """Show a line (above the progress bar, where there is one)."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.wandb is not None:
+            self.wandb.finish()
+        self.metrics.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self.metrics.write(values)
+        if self.wandb is not None:
+            flat = {key: value for key, value in values.items() if not isinstance(value, list)}
+            for key, value in values.items():
+                if isinstance(value, list):
+                    flat |= {f"{key}/{layer}": number for layer, number in enumerate(value)}
+            self.wandb.log(flat, step=values["step"])
+
+    def _eta(self, step: int) -> float:
+        done = max(step - self.first_step, 1)
+        return (time.perf_counter() - self.started) / done * (self.steps - step)
+
+
+def training_line(values: dict[str, Any], steps: int, eta: float) -> str:
+    """One step as a line of text: loss, lr, grad norm, tokens/s, MFU, memory, mean density, time left."""
+    mfu = f" | mfu {values['mfu']:.1%}" if values.get("mfu") is not None else ""
+    skipped = f" | skipped {values['skipped_steps']}" if values["skipped_steps"] else ""
+    return (
+        f"step {values['step']}/{steps} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
+        f"grad_norm {values['grad_norm']:.3f} | {values['tokens_per_second']:,.0f} tokens/s{mfu} | "
+        f"{values['memory_gb']:.1f} GB{_density(values, 'density', ' |')}{skipped} | eta {_clock(eta)}"
+    )
+
+
+def write_environment(run_dir: Path) -> None:
+    """Write what the run runs on: package versions, git hash, Python, device, command line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    facts = {
+        "command": sys.argv,
+        "git": _git_hash(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    (run_dir / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _density(values: dict[str, Any], key: str, separator: str = ",") -> str:
+    densities = [density for density in values.get(key, []) if density is not None]
+    return f"{separator} density {sum(densities) / len(densities):.3f}" if densities else ""
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def _git_hash() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:
+    """The W&B run, or None. Its id is kept in the run folder, so that a resumed run goes on in the same one."""
+    mode = recipe.tracking.wandb
+    if mode == "off":
+        return None
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
+    id_file = run_dir / "wandb_id"
+    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    return wandb.init(
+        project=recipe.tracking.project,
+        name=run_dir.name,
+        dir=str(run_dir),
+        id=run_id,
+        resume="allow",
+        mode=mode,
+        config=recipe.model_dump(mode="json", by_alias=True),
+    )

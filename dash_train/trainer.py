@@ -1,0 +1,265 @@
+"""Pretraining and fine-tuning: a recipe in, a trained run folder out."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from dash_train import checkpoint
+from dash_train.checkpoint import TrainState
+from dash_train.data.loader import IGNORED, RowDataset, StepBatch, step_batches, validation_batches
+from dash_train.data.prepare import prepare
+from dash_train.data.tokenizer import load_tokenizer
+from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
+from dash_train.errors import UserError
+from dash_train.initial import Source, build_model, open_source, resolve_model_config
+from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
+from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
+from dash_train.plot import plot_run
+from dash_train.recipe import Recipe
+from dash_train.resume import check_resumable
+from dash_train.schedule import lr_factor
+from dash_train.signals import StopFlag
+from dash_train.throughput import Throughput
+from dash_train.totals import Totals
+from dash_train.tracking import Tracker, write_environment
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Everything one rank holds during a run. `train()` is the run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.run_dir = Path(recipe.run_dir)
+        self.world = init_world()
+        self.device = self.world.device
+        self.stop = StopFlag()
+        self._check_world()
+
+        resumed = checkpoint.newest(self.run_dir / "checkpoints")
+        source = open_source(recipe.init.from_) if recipe.init.from_ else None
+        data_folder = self._prepare_data(source)
+        self.tokenizer = load_tokenizer(data_folder / "tokenizer")
+        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
+        self.training_rows = self._rows(data_folder, "train")
+        self.validation_rows = self._rows(data_folder, "validation")
+
+        self.model_config = resolve_model_config(recipe, source, self.tokenizer.vocab_size)
+        self.deepspeed_config = deepspeed_config(recipe)
+        load = source.load if source and not resumed else None
+        model = build_model(recipe, self.model_config, load, self.deepspeed_config)
+        self.engine = build_engine(model, recipe, self.deepspeed_config)
+        self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
+
+        self.step = self.tokens = self.skipped_steps = self.nonfinite_in_a_row = 0
+        if resumed:
+            self._resume(resumed)
+        elif self.model_config.attention.routing_scale == "auto":
+            self._calibrate()
+        if self.world.is_main:
+            self._write_run_files()
+
+    def train(self) -> None:
+        """Train to the last step; save, validate and draw along the way."""
+        train, every = self.recipe.train, self.recipe.checkpoint.every
+        tracker = Tracker(self.recipe, self.run_dir, self.step) if self.world.is_main else None
+        batches = step_batches(
+            self.training_rows,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            start_step=self.step,
+        )
+        with closing(batches):
+            if self.step == 0:
+                self.validate(tracker)
+            while self.step < train.steps:
+                metrics = self.train_step(batches)
+                if tracker and (self.step % self.recipe.tracking.log_every == 0 or self.step == train.steps):
+                    tracker.log_training(metrics)
+                if self._due(train.validate_every) or self.step == train.steps:
+                    self.validate(tracker)
+                stopping = self._stop_agreed()
+                if self._due(every) or self.step == train.steps or stopping:
+                    self.save(tracker)
+                if stopping:
+                    logger.info("stopped by %s after step %d; run the same command to resume", stopping, self.step)
+                    break
+        if tracker:
+            tracker.close()
+            figure = plot_run(self.run_dir)
+            logger.info("figure: %s", figure)
+
+    def train_step(self, batches: Iterator[StepBatch]) -> dict[str, Any]:
+        """One optimizer step. The gradient is that of the mean loss over all counted tokens of the global batch."""
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        counts = [int((micro["labels"] != IGNORED).sum()) for micro in batch.micro_batches]
+        step_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=self.device)).clamp(min=1)
+
+        totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
+        for micro, tokens in zip(batch.micro_batches, counts, strict=True):
+            outputs = self.engine(**self._to_device(micro))
+            # DeepSpeed averages gradients over the ranks; the loss is a sum over tokens.
+            self.engine.backward(outputs["loss"] * (self.world.size / step_tokens), scale_wrt_gas=False)
+            totals.add(outputs, tokens)
+        lr = self.recipe.optimizer.lr * lr_factor(self.step, self.recipe.train.steps, self.recipe.schedule)
+        set_lr(self.engine, lr)
+        self.engine.step()
+        totals.reduce()
+
+        self.step += 1
+        self.tokens += int(step_tokens.item())
+        self._watch_nonfinite()
+        layers = totals.per_layer()
+        return {
+            "step": self.step,
+            "loss": totals.mean_loss,
+            "lr": lr,
+            "grad_norm": grad_norm(self.engine),
+            "tokens": self.tokens,
+            "epoch": batch.epoch,
+            "rows_hash": crc32(repr(batch.rows).encode()),
+            "skipped_steps": self.skipped_steps,
+            "data_wait_seconds": waited,
+            **self.throughput.measure(int(step_tokens.item()), time.perf_counter() - started, layers["routed_chunks"]),
+            **layers,
+        }
+
+    @torch.no_grad()
+    def validate(self, tracker: Tracker | None) -> None:
+        """Loss, bits per byte and density on the held-out documents."""
+        if not self.recipe.train.validate_every:
+            return
+        self.engine.eval()
+        totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
+        for micro in validation_batches(
+            self.validation_rows,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+            rank=self.world.rank,
+            world=self.world.size,
+            limit_rows=self.recipe.train.validation_rows,
+        ):
+            labels = micro["labels"][micro["labels"] != IGNORED]
+            totals.add(self.engine(**self._to_device(micro)), labels.numel(), int(self.token_bytes[labels].sum()))
+        totals.reduce()
+        self.engine.train()
+        if tracker:
+            layers = {f"validation_{name}": values for name, values in totals.per_layer().items()}
+            tracker.log_validation(
+                {
+                    "step": self.step,
+                    "validation_loss": totals.mean_loss,
+                    "validation_bits_per_byte": totals.bits_per_byte,
+                    **layers,
+                }
+            )
+
+    def save(self, tracker: Tracker | None) -> None:
+        """Write a checkpoint of this step."""
+        state = TrainState(
+            step=self.step,
+            tokens=self.tokens,
+            skipped_steps=self.skipped_steps,
+            fingerprint=self.training_rows.fingerprint(),
+            world=self.world.size,
+            recipe=self.recipe.model_dump(mode="json", by_alias=True),
+        )
+        folder = self.run_dir / "checkpoints"
+        saved = checkpoint.save(
+            self.engine, self.world, folder, state, self.model_config, self.recipe.checkpoint.keep_last
+        )
+        if tracker:
+            tracker.say(f"step {self.step}: saved {saved}")
+
+    def _check_world(self) -> None:
+        train, ranks = self.recipe.train, self.world.size
+        if train.global_batch_size % (train.micro_batch_size * ranks):
+            raise UserError(
+                f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
+                f"({train.micro_batch_size}) times the number of ranks ({ranks})"
+            )
+
+    def _prepare_data(self, source: Source | None) -> Path:
+        """Tokenize on the main rank, once; the others wait. Fine-tuning keeps the tokenizer of its weights."""
+        data = self.recipe.data
+        if data.tokenizer.path is None and source is not None:
+            data.tokenizer.path = str(source.tokenizer)
+        if self.world.is_main:
+            prepare(data)
+        barrier()
+        return prepare(data)
+
+    def _rows(self, data_folder: Path, split: str) -> RowDataset:
+        data = self.recipe.data
+        return RowDataset(
+            data_folder,
+            split,
+            seq=self.recipe.train.seq,
+            chunk_size=self.recipe.model.attention.chunk_size,
+            weights=[source.weight for source in data.sources],
+            seed=data.seed,
+        )
+
+    def _resume(self, found: Path) -> None:
+        state, saved_model = checkpoint.load_state(found), checkpoint.load_model_config(found)
+        fingerprint = self.training_rows.fingerprint()
+        check_resumable(found, state, saved_model, self.recipe, self.model_config, fingerprint, self.world.size)
+        if self.model_config.attention.routing_scale == "auto":
+            self.model_config.attention.routing_scale = saved_model.attention.routing_scale
+            set_routing_scales(self.engine.module, self.model_config)
+        checkpoint.load_engine(self.engine, self.world, found)
+        self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
+        logger.info("resuming from %s", found)
+
+    def _calibrate(self) -> None:
+        """Settle `routing_scale: auto`. Every rank looks at the run's first rows, and so finds the same scales."""
+        rows = self.recipe.train.micro_batch_size
+        first = next(step_batches(self.training_rows, global_batch_size=rows, micro_batch_size=rows, rank=0, world=1))
+        inputs = self._to_device(first.micro_batches[0])
+        scales = calibrate_routing_scale(
+            self.engine.module, inputs["tokens"], inputs["document_starts"], inputs["real"]
+        )
+        logger.info("routing scales per layer: %s", ", ".join(f"{scale:.4g}" for scale in scales))
+
+    def _watch_nonfinite(self) -> None:
+        if self.engine.was_step_applied():
+            self.nonfinite_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self.nonfinite_in_a_row += 1
+        logger.warning("step %d: the gradient is not finite; the step was skipped", self.step)
+        if self.nonfinite_in_a_row >= self.recipe.train.max_nonfinite_steps:
+            raise UserError(
+                f"step {self.step}: {self.nonfinite_in_a_row} steps in a row had a non-finite gradient; lower "
+                "optimizer.lr or lengthen schedule.warmup_steps, and run again: it resumes from the last checkpoint"
+            )
+
+    def _stop_agreed(self) -> str | None:
+        """The signal that any rank received, once all have agreed on it."""
+        flag = torch.tensor(float(self.stop.received is not None), device=self.device)
+        return (self.stop.received or "another rank's signal") if max_over_ranks(flag).item() else None
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _write_run_files(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.recipe.save(self.run_dir / "recipe.yaml")
+        (self.run_dir / "ds_config.json").write_text(json.dumps(self.deepspeed_config, indent=1) + "\n")
+        self.tokenizer.save(self.run_dir / "tokenizer")
+        write_environment(self.run_dir)

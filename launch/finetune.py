@@ -1,0 +1,22 @@
+"""Train on from existing weights (init.from: a run, a checkpoint or an exported folder) with a fresh optimizer.
+
+deepspeed launch/finetune.py recipes/finetune.yaml [key.sub=value ...]
+"""
+
+from argparse import Namespace
+
+from dash_train.command import recipe_parser, run_command
+from dash_train.errors import UserError
+from dash_train.recipe import load_recipe
+from dash_train.trainer import Trainer
+
+
+def main(args: Namespace) -> None:
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.init.from_ is None:
+        raise UserError(f"{args.recipe}: init.from is required: a run folder, a checkpoint or an exported folder")
+    Trainer(recipe).train()
+
+
+if __name__ == "__main__":
+    run_command(main, recipe_parser(__doc__))
