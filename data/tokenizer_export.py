@@ -1,0 +1,94 @@
+"""A sentencepiece BPE model as a Hugging Face fast tokenizer with the same ids."""
+
+from typing import Any
+
+from dash_train.data.errors import DataError
+from dash_train.data.tokenizer import SPACE, SPACE_STAND_IN
+
+
+def to_huggingface(model: bytes) -> Any:
+    """Return a `PreTrainedTokenizerFast` that gives the ids of a sentencepiece BPE, the bytes of a `.model` file.
+
+    A call with special tokens puts BOS in front, as documents have it in training; with `add_special_tokens=False` it
+    gives exactly `Tokenizer.encode`. One difference: Hugging Face reads text that spells a special token, such as
+    `<|bos|>`, as that token, unless it is loaded with `split_special_tokens=True`.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise DataError("data.tokenizer.path: only a sentencepiece BPE model can be exported, this is another type")
+    pieces = [piece.piece for piece in proto.pieces]
+    unknown, bos, eos = (pieces[getattr(proto.trainer_spec, name)] for name in ("unk_id", "bos_id", "eos_id"))
+    pad = pieces[proto.trainer_spec.pad_id] if proto.trainer_spec.pad_id >= 0 else eos
+
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: token for token, piece in enumerate(pieces)},
+            merges=_merges(proto),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(proto))
+    tokenizer.decoder = decoders.Sequence(_decoders(proto))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, pieces.index(bos))]
+    )
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    # A single character needs no matching in the text: no merge takes it in.
+    tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in user_defined if len(piece) > 1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unknown
+    )
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """List every pair of pieces that makes a piece, best score first.
+
+    Sentencepiece merges by the score of the result and keeps no pairs. Pairs with one result tie there, and the
+    leftmost in the text goes first; here the pair with the longer left piece does, which comes to the same.
+    """
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    pairs = [
+        (-score, -cut, piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [(left, right) for _, _, left, right in sorted(pairs)]
+
+
+def _trained_here(proto: Any) -> bool:
+    return bool(proto.denormalizer_spec.precompiled_charsmap)
+
+
+def _normalizers(proto: Any) -> list[Any]:
+    from tokenizers import Regex, normalizers
+
+    spec = proto.normalizer_spec
+    steps: list[Any] = []
+    if _trained_here(proto):
+        steps.append(normalizers.Replace(SPACE, SPACE_STAND_IN))
+    elif spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    return [*steps, normalizers.Replace(" ", SPACE)]
+
+
+def _decoders(proto: Any) -> list[Any]:
+    from tokenizers import decoders
+
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if _trained_here(proto):
+        steps.append(decoders.Replace(SPACE_STAND_IN, SPACE))
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return steps
