@@ -53,8 +53,8 @@ def threshold15(z: Tensor) -> Tensor:
 
 
 def threshold15_on(z: Tensor, support: Tensor) -> Tensor:
-    """tau `[..., 1]` in closed form when the support (bool, like `z`) is known; 0 where it is empty."""
-    size = support.sum(-1, keepdim=True).clamp(min=1)
+    """tau `[..., 1]` in closed form when the support (bool, like `z`) is known; -1 where it is empty."""
+    size = support.sum(-1, keepdim=True).clamp(min=1).to(z.dtype)
     mean = z.masked_fill(~support, 0).sum(-1, keepdim=True) / size
     variance = (z - mean).masked_fill(~support, 0).square().sum(-1, keepdim=True) / size
     return mean - (1 / size - variance).clamp(min=0).sqrt()

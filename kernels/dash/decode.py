@@ -46,6 +46,7 @@ def update_summaries(
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
+    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
     check_cache(k_cache, summaries, lengths, chunk_size)
     check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
     sequence = torch.arange(k_cache.shape[0], device=k_cache.device)
@@ -87,11 +88,13 @@ def dash_decode(
     Raises: ValueError naming the argument, its shape and what was expected.
     """
     check_dimensions("q", q, "batch", "heads", "head_dim")
+    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
+    batch, heads, head_dim = q.shape
+    capacity, kv_heads = k_cache.shape[1:3]
+    check_shape("k_cache", k_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
+    check_shape("v_cache", v_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
     check_cache(k_cache, summaries, lengths, chunk_size)
-    batch, capacity, kv_heads, _ = k_cache.shape
-    check_shape("k_cache", k_cache, batch=q.shape[0], capacity=capacity, kv_heads=kv_heads, head_dim=q.shape[2])
-    check_shape("v_cache", v_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=q.shape[2])
-    check_group(q.shape[1], kv_heads)
+    check_group(heads, kv_heads)
     check_same_kind("k_cache", k_cache, q)
     check_same_kind("v_cache", v_cache, q)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
@@ -115,8 +118,7 @@ def dash_decode(
 
 
 def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size: int) -> None:
-    """The cache's tensors fit together."""
-    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
+    """Summaries and lengths fit the keys."""
     batch, capacity, kv_heads, head_dim = k_cache.shape
     chunks = -(-capacity // chunk_size)
     check_shape("summaries", summaries, batch=batch, chunks=chunks, kv_heads=kv_heads, head_dim=head_dim)

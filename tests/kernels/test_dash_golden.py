@@ -1,0 +1,77 @@
+"""The reference against the outputs of the authors' GPU kernels."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dash_train.kernels.dash import chunk_summaries, dash_attention, dash_decode, update_summaries
+
+CHECKOUT = Path(__file__).parents[2]
+FOLDERS = [Path(os.environ.get("DASH_GOLDEN", "")), CHECKOUT / ".golden", CHECKOUT.parent / "shared" / "golden"]
+FILES = next((files for folder in FOLDERS if (files := sorted(folder.glob("*.safetensors")))), [])
+
+pytestmark = pytest.mark.skipif(not FILES, reason="no golden files in $DASH_GOLDEN, .golden or ../shared/golden")
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The case, and the tensors with queries, keys, values and outputs as [batch, seq, heads, head_dim]."""
+    with safe_open(path, "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in {"queries", "keys", "values", "out", "decode_out"} & tensors.keys():
+        tensors[name] = tensors[name].transpose(1, 2)
+    return case, tensors
+
+
+def arguments(case: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "chunk_size": case["chunk_size"],
+        "routing_scale": case["scaling_factor"],
+        "prior_normalizer": "geometric_mean" if case["estimate_diagonal"] else "none",
+        "prior_temperature": case["sigma"],
+    }
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def tolerance(tensors: dict[str, Tensor]) -> float:
+    """Their half-precision files carry the rounding of their kernel's output."""
+    return 3e-4 if tensors["queries"].dtype == torch.float32 else 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_prefill(path, dtype):
+    case, tensors = load(path)
+    if any(case["left_pad"]):
+        pytest.skip("left padding is not a feature of dash_attention")
+    q, k, v = (tensors[name][:, : case["prefill_len"]].to(dtype) for name in ("queries", "keys", "values"))
+    out, stats = dash_attention(q, k, v, tensors["head_cls"], **arguments(case), return_stats=True)
+    assert relative_error(out, tensors["out"]) < tolerance(tensors)
+    assert stats.residual < (1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_decode(path):
+    case, tensors = load(path)
+    if not case["decode_steps"] or any(case["left_pad"]):
+        pytest.skip("the file has no decode steps, or left padding")
+    q, k, v = tensors["queries"].float(), tensors["keys"].float(), tensors["values"].float()
+    w, size, prefill = tensors["head_cls"].float(), case["chunk_size"], case["prefill_len"]
+    batch, capacity, kv_heads, head_dim = k.shape
+    summaries = torch.zeros(batch, -(-capacity // size), kv_heads, head_dim)
+    summaries[:, : prefill // size] = chunk_summaries(k[:, :prefill], w, chunk_size=size)
+    steps = []
+    for t in range(prefill, prefill + case["decode_steps"]):
+        lengths = torch.full((batch,), t + 1, dtype=torch.int32)
+        update_summaries(k, summaries, lengths, w, chunk_size=size)
+        steps.append(dash_decode(q[:, t], k, v, summaries, lengths, **arguments(case)))
+    assert relative_error(torch.stack(steps, 1), tensors["decode_out"]) < tolerance(tensors)

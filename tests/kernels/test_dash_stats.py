@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from dash_train.kernels.dash import dash_attention, find_routing_scale, routing_density
+from dash_train.kernels.entmax import entmax15
+
+CHUNK = 16
+STARTS = torch.tensor([[0] * 48 + [48] * 80, [0] * 128], dtype=torch.int32)
+
+
+def inputs(seq=128, heads=8, kv_heads=2):
+    q = torch.randn(2, seq, heads, 16)
+    return q, torch.randn(2, seq, kv_heads, 16), torch.randn(2, seq, kv_heads, 16), torch.zeros(kv_heads, 16)
+
+
+def run(q, k, v, w, **options):
+    return dash_attention(q, k, v, w, chunk_size=CHUNK, routing_scale=6.0, return_stats=True, **options)[1]
+
+
+def test_counts_agree_with_the_support():
+    stats = run(*inputs(), document_starts=STARTS)
+    support = stats.support()
+    assert support.shape == (2, 8, 128, 8)
+    routed = support.unflatten(1, (2, 4)).any(2)
+    assert torch.equal(stats.active_chunks, routed.sum(-1).int())
+    assert torch.equal(stats.union_chunks, routed.unflatten(2, (8, 16)).any(3).sum(-1).int())
+    assert torch.equal(stats.eligible_chunks, (torch.arange(128) // CHUNK - STARTS // CHUNK).int())
+    assert stats.residual < 1e-6
+    assert stats.density == routed.sum().double() / (2 * stats.eligible_chunks.sum())
+    assert stats.union_factor == 16 * stats.union_chunks.sum().double() / routed.sum()
+    assert 1 < stats.union_factor < 16
+
+
+def test_thresholds_are_those_of_the_routing_scores():
+    """With a zero chunk query the summary is the mean key."""
+    q, k, v, w = inputs()
+    stats = run(q, k, v, w)
+    means = k.unflatten(1, (-1, CHUNK)).mean(2).repeat_interleave(4, 2)
+    scores = 6.0 / 4 * torch.einsum("bthd,bchd->bhtc", q, means)
+    last = scores[:, :, -1, :-1]
+    z = last / 2 - stats.row_max[:, :, -1, None]
+    torch.testing.assert_close(z.amax(-1), torch.zeros(2, 8), rtol=0, atol=1e-6)
+    p = (z - stats.tau[:, :, -1, None]).clamp(min=0).square()
+    torch.testing.assert_close(p, entmax15(last), rtol=0, atol=1e-5)
+    pbar = p.unflatten(1, (2, 4)).mean(2)
+    log_mean = torch.where(pbar > 0, pbar.log(), 0).sum(-1) / (pbar > 0).sum(-1)
+    torch.testing.assert_close(stats.normalizer[:, :, -1], log_mean, rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_are_the_same_in_training_and_detached():
+    q, k, v, w = inputs()
+    expected = run(q, k, v, w)
+    stats = run(q.requires_grad_(), k, v, w)
+    for name in ("tau", "row_max", "normalizer", "active_chunks", "union_chunks", "residual"):
+        assert torch.equal(getattr(stats, name), getattr(expected, name))
+        assert not getattr(stats, name).requires_grad
+
+
+def test_summary_adds_up_real_tokens_only():
+    stats = run(*inputs(), document_starts=STARTS)
+    everything = stats.summary()
+    assert everything.active / everything.eligible == stats.density
+    assert everything.union / everything.tiled_active == stats.union_factor
+    assert everything.residual == stats.residual
+
+    real = torch.ones(2, 128, dtype=torch.bool)
+    real[0, 40:48] = False  # half a tile of 16 tokens
+    real[1, 96:] = False  # two tiles
+    part = stats.summary(real)
+    assert part.active == stats.active_chunks.mul(real[:, None]).sum()
+    assert part.eligible == stats.eligible_chunks.mul(real).sum() * 2
+    whole_tiles = torch.ones(2, 8, dtype=torch.bool)
+    whole_tiles[0, 2] = whole_tiles[1, 6:] = False
+    assert part.union == 16 * stats.union_chunks.mul(whole_tiles[:, None]).sum()
+    assert part.tiled_active == stats.active_chunks.unflatten(2, (8, 16)).sum(-1).mul(whole_tiles[:, None]).sum()
+
+
+def test_tiles_of_pieces_and_of_a_ragged_end():
+    """G = 3: tiles of 21 tokens, begun anew with each piece."""
+    q, k, v, w = inputs(heads=6)
+    whole = run(q, k, v, w)
+    assert whole.union_chunks.shape == (2, 2, 7)
+    pieces = run(q[:, :64], k, v, w, query_starts=(0, 64))
+    assert pieces.union_chunks.shape == (2, 2, 4)
+    real_tiles = pieces.summary()
+    assert real_tiles.tiled_active == pieces.active_chunks[:, :, [*range(21), *range(32, 53)]].sum()
+
+
+def test_nothing_eligible():
+    stats = run(*(t[:, :10] if t.dim() == 4 else t for t in inputs()))
+    assert stats.density == 0 and stats.union_factor == 0 and stats.residual == 0
+    assert not stats.support().any()
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_routing_scale_is_found(target):
+    q, k, v, w = inputs(heads=2)
+    real = torch.ones(2, 128, dtype=torch.bool)
+    real[:, 100:] = False
+    options = {"chunk_size": CHUNK, "document_starts": STARTS, "real": real}
+    scale = find_routing_scale(q, k, w, target, **options)
+    density = routing_density(q, k, w, routing_scale=scale, **options)
+    assert target - 0.01 < density <= target
+    _, stats = dash_attention(
+        q, k, v, w, chunk_size=CHUNK, document_starts=STARTS, routing_scale=scale, return_stats=True
+    )
+    totals = stats.summary(real)
+    assert density == totals.active / totals.eligible
+
+
+def test_unreachable_density_gives_a_scale_near_the_floor():
+    q, k, _, w = inputs()
+    scale = find_routing_scale(q, k, w, 0.01, chunk_size=CHUNK)
+    floor = routing_density(q, k, w, routing_scale=2.0**12, chunk_size=CHUNK)
+    assert routing_density(q, k, w, routing_scale=scale, chunk_size=CHUNK) <= 1.02 * floor
+    assert scale < 2.0**12
+
+
+def test_target_density_is_checked():
+    q, k, _, w = inputs()
+    with pytest.raises(ValueError, match=r"^target is 0"):
+        find_routing_scale(q, k, w, 0.0, chunk_size=CHUNK)
