@@ -1,0 +1,118 @@
+import pytest
+import torch
+from tiny_runs import ROOT
+
+from dash_train.engine import deepspeed_config
+from dash_train.errors import UserError
+from dash_train.model.transformer import LanguageModel
+from dash_train.recipe import load_recipe
+from dash_train.recipe_docs import recipe_markdown
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run_dir: runs/x\ntrain:\n  steps: 1000\n  seq: 1024\n")
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_builds(path):
+    recipe = load_recipe(path)
+    config = recipe.model
+    config.vocab_size = config.vocab_size or recipe.data.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = LanguageModel(config, activation_checkpointing=recipe.train.activation_checkpointing)
+    assert deepspeed_config(recipe)["zero_optimization"]["stage"] == recipe.parallel.zero_stage
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = {"quickstart": 4e6, "finetune": 1e8, "125m": 1.1e8, "1b": 1.19e9, "8b": 7.5e9}[path.stem.split("-")[0]]
+    assert 0.8 * size < parameters < 1.2 * size
+
+
+def test_recipe_page_is_current():
+    assert (ROOT / "docs" / "recipe.md").read_text() == recipe_markdown(), "run `make docs`"
+
+
+def test_overrides_replace_values(recipe):
+    loaded = load_recipe(recipe, ["train.steps=200", "optimizer.lr=1e-3", "data.sources=[{path: a}]", "init.from=b"])
+    assert (loaded.train.steps, loaded.optimizer.lr, loaded.data.sources[0].path) == (200, 1e-3, "a")
+    assert loaded.init.from_ == "b"
+    assert load_recipe(recipe, ["data.sources=[{path: a}]", "data.sources.0.path=c"]).data.sources[0].path == "c"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=1", "train.step: unknown key; did you mean train.steps?"),
+        ("steps=1", "steps: unknown key; did you mean train.steps?"),
+        ("data.sources=[{pth: a}]", "data.sources.0.pth: unknown key; did you mean data.sources.0.path?"),
+        ("train.steps=many", "train.steps: should be a valid integer"),
+        ("train.steps=0", "train.steps: should be greater than 0, found 0"),
+        ("model.attention.routing_scale=a", "model.attention.routing_scale: should be a valid number"),
+        ("model.heads=5", "model: heads (5) must be a multiple of kv_heads (2)"),
+        ("model.attention.type=[dash, full]", "model: attention.type lists 2 values for 12 layers"),
+        ("train.seq=1000", "train.seq (1000) must be a multiple of model.attention.chunk_size (64)"),
+        ("train.micro_batch_size=3", "train.global_batch_size (8) must be a multiple of train.micro_batch_size (3)"),
+        ("schedule.warmup_steps=2000", "schedule.warmup_steps (2000)"),
+        ("parallel.zero_stage=0", "train.precision bf16 needs parallel.zero_stage 1, 2 or 3"),
+        ("train.steps", "expected key.sub=value"),
+        ("run_dir.x=1", "names nothing in this recipe"),
+    ],
+)
+def test_wrong_values_are_named(recipe, override, message):
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_dir: x\ntrain:\n  stepz: 1\n", "recipe.yaml:3: train.stepz: unknown key; did you mean train.steps?"),
+        ("train: {}\n", "run_dir: is required"),
+        ("run_dir: x\nrun_dir: y\n", "recipe.yaml:2: run_dir is set twice (first in line 1)"),
+        ("run_dir: [x\n", "recipe.yaml:2: not valid YAML"),
+        ("- a\n", "expected `section: ...` keys, found list"),
+    ],
+)
+def test_wrong_files_are_named_with_their_line(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe)
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_resolved_recipe_loads_again(recipe, tmp_path):
+    loaded = load_recipe(recipe, ["init.from=a"])
+    loaded.save(tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{gradient_cliping: 1}", "deepspeed.gradient_cliping: unknown key"),
+        ("{gradient_clipping: 1}", "deepspeed.gradient_clipping: set optimizer.grad_clip in the recipe instead"),
+        ("{zero_optimization: {stage: 1}}", "deepspeed.zero_optimization.stage: set parallel.zero_stage"),
+        ("{zero_optimization: {reduce_bucket: 1}}", "deepspeed.zero_optimization.reduce_bucket: Extra inputs"),
+        ("{zero_optimisation: {}}", "did you mean deepspeed.zero_optimization?"),
+    ],
+)
+def test_wrong_deepspeed_keys_are_named(recipe, section, message):
+    with pytest.raises(UserError) as error:
+        deepspeed_config(load_recipe(recipe, [f"deepspeed={section}"]))
+    assert message in str(error.value)
+
+
+def test_deepspeed_keys_are_merged(recipe):
+    config = deepspeed_config(load_recipe(recipe, ["deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"]))
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["zero_optimization"]["stage"] == 2
