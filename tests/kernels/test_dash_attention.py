@@ -119,6 +119,22 @@ def test_types(dtype):
     torch.testing.assert_close(out.double(), expected, rtol=2 * rounding, atol=2e-5)
 
 
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu():
+    tensors = [t.requires_grad_() for t in inputs()]
+    options = {"chunk_size": 16, "routing_scale": 4.0, "document_starts": row_of_documents([32, 64], 2, 96)}
+    expected, stats = dash_attention(*tensors, **options, return_stats=True)
+    upstream = torch.randn_like(expected)
+    truth = torch.autograd.grad((expected * upstream).sum(), tensors)
+    on_gpu = [t.detach().cuda().requires_grad_() for t in tensors]
+    options["document_starts"] = options["document_starts"].cuda()
+    out, gpu_stats = dash_attention(*on_gpu, **options, backend="reference", return_stats=True)
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-10)
+    assert torch.equal(gpu_stats.support().cpu(), stats.support())
+    for gradient, right in zip(torch.autograd.grad((out * upstream.cuda()).sum(), on_gpu), truth, strict=True):
+        assert (gradient.cpu() - right).norm() <= 1e-9 * right.norm()
+
+
 def test_given_support_is_the_routed_set():
     q, k, v, w = inputs()
     options = {"chunk_size": 16, "routing_scale": 4.0, "prior_normalizer": "peak"}

@@ -111,3 +111,16 @@ def test_update_errors_name_the_argument():
         update_summaries(k, torch.zeros(3, 7, 2, 8), torch.ones(3), w, chunk_size=CHUNK)
     with pytest.raises(ValueError, match=r"^chunk_query has shape .*expected"):
         update_summaries(k, torch.zeros(3, 7, 2, 16), torch.ones(3), w[:1], chunk_size=CHUNK)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_while_summaries_are_updated():
+    _, k, _, w = (t.cuda() for t in inputs())
+    summaries = torch.zeros(3, 7, 2, 16, device="cuda")
+    lengths = torch.tensor([8, 9, 48], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update_summaries(k, summaries, lengths, w, chunk_size=CHUNK)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(summaries[2, 5], chunk_summaries(k, w, chunk_size=CHUNK)[2, 5])
