@@ -1,4 +1,7 @@
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,3 +29,13 @@ def tiny_model() -> Callable[..., LanguageModel]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of some forty real text files, 400 KB: two packages of the standard library."""
+    folder = tmp_path_factory.mktemp("data") / "corpus"
+    for package in ("email", "json"):
+        source = Path(sysconfig.get_path("stdlib")) / package
+        shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    return folder

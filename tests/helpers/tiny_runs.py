@@ -65,7 +65,13 @@ def start(script: str, *arguments: str | Path, ranks: int | None = None) -> subp
     command = [sys.executable]
     if ranks is not None:
         port = str(free_port())
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks), "--master_port", port]
+        command = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            port,
+        ]
     command += [str(ROOT / "launch" / script), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

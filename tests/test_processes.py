@@ -1,0 +1,108 @@
+"""Runs as a user starts them: by the launcher, on several ranks, killed and resumed, with bad input."""
+
+import signal
+import sys
+import time
+
+import pytest
+from tiny_runs import ROOT, run, start, write_recipe
+
+from dash_train.checkpoint import newest
+from dash_train.command import run_command
+from dash_train.metrics import read_metrics
+
+COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "density")
+
+
+def lines(folder, keys=COMPARED):
+    return [{key: line[key] for key in keys} for line in read_metrics(folder)[0]]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, corpus):
+    """The training lines of an uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = run("pretrain.py", write_recipe(folder / "recipe.yaml", corpus))
+    assert result.returncode == 0, result.stderr
+    return lines(folder / "run")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, parallel__zero_stage=stage)
+    result = run("pretrain.py", recipe, ranks=2)
+    assert result.returncode == 0, result.stderr
+    two = lines(tmp_path / "run")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in whole_run], abs=1e-4)
+    assert [line["rows_hash"] for line in two] == [line["rows_hash"] for line in whole_run]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, corpus, whole_run):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus)
+    process = start("pretrain.py", recipe)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert run("pretrain.py", recipe).returncode == 0
+    assert lines(tmp_path / "run") == whole_run
+
+
+def test_sigterm_leaves_one_complete_checkpoint_and_a_clean_exit(tmp_path, corpus, whole_run):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, checkpoint__every=100)
+    process = start("pretrain.py", recipe)
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert newest(tmp_path / "run" / "checkpoints") == saved
+    assert f"stopped by SIGTERM after step {int(saved.name[5:])}" in stderr
+    assert int(saved.name[5:]) < 6
+    assert run("pretrain.py", recipe).returncode == 0
+    assert lines(tmp_path / "run") == whole_run
+
+
+def wait_for_step(run_dir, step, process):
+    """Wait until the run has logged a step."""
+    deadline = time.monotonic() + 120
+    while not (
+        (run_dir / "metrics.jsonl").exists() and f'"step": {step}, "loss"' in (run_dir / "metrics.jsonl").read_text()
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__stepz": 1}, "train.stepz: unknown key; did you mean train.steps?"),
+        ({"data__sources": [{"type": "text", "path": "/nowhere/*.txt"}]}, "/nowhere/*.txt: no text file here"),
+        ({"init__from": "/nowhere"}, "init.from: /nowhere: expected a run folder"),
+        ({"parallel__zero_stage": 9}, "parallel.zero_stage: should be 0, 1, 2 or 3"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, corpus, capsys, monkeypatch, changes, message):
+    sys.path.insert(0, str(ROOT / "launch"))
+    monkeypatch.setattr(sys, "path", sys.path)
+    import pretrain
+
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, **changes)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(recipe)])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(pretrain.main, pretrain.recipe_parser(""))
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_the_launcher_passes_the_exit_code_on(tmp_path, corpus):
+    result = run("pretrain.py", write_recipe(tmp_path / "recipe.yaml", corpus, train__stepz=1), ranks=1)
+    assert result.returncode == 2
+    assert "did you mean train.steps?" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_traceback_is_there_on_demand(tmp_path, corpus):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, train__stepz=1)
+    assert "Traceback" in run("pretrain.py", recipe, "--debug").stderr

@@ -1,0 +1,250 @@
+import json
+import logging
+import math
+
+import deepspeed
+import pytest
+import torch
+from tiny_runs import write_recipe
+
+from dash_train import checkpoint
+from dash_train.data.loader import IGNORED, step_batches
+from dash_train.engine import grad_norm
+from dash_train.errors import UserError
+from dash_train.initial import resolve_model_config
+from dash_train.metrics import read_metrics
+from dash_train.model.transformer import LanguageModel
+from dash_train.optimizer import parameter_groups
+from dash_train.recipe import load_recipe
+from dash_train.schedule import lr_factor
+from dash_train.trainer import Trainer
+
+FIXED_SCALE = {"chunk_size": 16, "routing_scale": 500.0}
+SHAPE = {
+    "layers": 2,
+    "hidden_size": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "mlp_size": 64,
+    "tie_embeddings": True,
+}
+FIXED = {**SHAPE, "attention": FIXED_SCALE}
+
+
+@pytest.fixture
+def train(tmp_path, corpus):
+    """Runs a tiny recipe in this process; returns its training and validation lines."""
+
+    def run(name="run", **overrides):
+        recipe = load_recipe(write_recipe(tmp_path / name / "recipe.yaml", corpus, **overrides))
+        Trainer(recipe).train()
+        return read_metrics(tmp_path / name / "run")
+
+    return run
+
+
+def plain_training(recipe, rows):
+    """Losses and gradient norms of the recipe by plain PyTorch, the whole global batch at once."""
+    torch.manual_seed(recipe.train.seed)
+    model = LanguageModel(resolve_model_config(recipe, None, 512))
+    options = recipe.optimizer
+    groups = parameter_groups(model, options.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
+    size = recipe.train.global_batch_size
+    losses, norms = [], []
+    batches = step_batches(rows, global_batch_size=size, micro_batch_size=size, rank=0, world=1)
+    for step, batch in zip(range(recipe.train.steps), batches, strict=False):
+        micro = batch.micro_batches[0]
+        loss = model(**micro)["loss"] / (micro["labels"] != IGNORED).sum()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip).item())
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * lr_factor(step, recipe.train.steps, recipe.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    batches.close()
+    return losses, norms
+
+
+def weights_of(trainer):
+    """Copies of the whole weights, also of those that ZeRO-3 holds in parts."""
+    parameters = dict(trainer.engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_like_plain_pytorch(tmp_path, corpus, stage, micro_batch_size):
+    options = {"train__micro_batch_size": micro_batch_size, "parallel__zero_stage": stage, "model": FIXED}
+    small = {
+        "optimizer__grad_clip": 0.5,
+        "train__validate_every": 0,
+        "train__steps": 4,
+        "train__activation_checkpointing": "full",
+    }
+    partition = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    path = write_recipe(tmp_path / "recipe.yaml", corpus, deepspeed=partition, **options, **small)
+    trainer = Trainer(load_recipe(path))
+    losses, norms = plain_training(trainer.recipe, trainer.training_rows)
+    trainer.train()
+    training, _ = read_metrics(tmp_path / "run")
+    assert [line["loss"] for line in training] == pytest.approx(losses, rel=1e-5)
+    assert [line["grad_norm"] for line in training] == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > 0.5, "clipping must have been at work"
+
+
+def test_bf16_stages_agree(train):
+    curves = []
+    for stage in (1, 2, 3):
+        training, _ = train(f"stage{stage}", train__precision="bf16", parallel__zero_stage=stage, model=FIXED)
+        curves.append([line["loss"] for line in training])
+    assert curves[0][-1] < curves[0][0] - 0.2
+    assert curves[1] == pytest.approx(curves[0], abs=0.02)
+    assert curves[2] == pytest.approx(curves[0], abs=0.02)
+
+
+def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
+    training, validation = train(train__steps=8, optimizer__lr=1e-2, checkpoint__keep_last=2)
+    assert [line["step"] for line in training] == list(range(1, 9))
+    assert [line["step"] for line in validation] == [0, 3, 6, 8]
+    assert validation[-1]["validation_loss"] < validation[0]["validation_loss"] - 0.5
+    bits = validation[0]["validation_bits_per_byte"]
+    assert 1 < bits < validation[0]["validation_loss"] / 0.693, "a token stands for more than one byte"
+    assert all(0 < density < 1 for density in training[0]["density"])
+    assert all(factor >= 1 for factor in training[0]["union_factor"])
+    assert all(residual < 1e-5 for residual in training[0]["residual"])
+    assert training[0]["tokens_per_second"] > 0 and training[0]["memory_gb"] > 0
+    run = tmp_path / "run" / "run"
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000006", "step-00000008"]
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_recipe(run / "recipe.yaml").train.steps == 8
+    assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert json.loads((run / "ds_config.json").read_text())["zero_optimization"]["stage"] == 1
+    assert (run / "tokenizer").is_dir()
+
+
+def test_auto_scale_finds_the_density_and_survives_in_the_checkpoint(train, tmp_path):
+    shape = {**SHAPE, "attention": {"chunk_size": 16, "initial_density": 0.6}}
+    training, _ = train(model=shape, train__micro_batch_size=8, train__steps=2)
+    assert training[0]["density"] == pytest.approx([0.6, 0.6], abs=0.02)
+    found = checkpoint.find(tmp_path / "run" / "run")
+    scales = checkpoint.load_model_config(found).attention.routing_scale
+    assert isinstance(scales, list) and len(scales) == 2 and scales[0] != 1.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_resume_is_exact(train, stage):
+    options = {"parallel__zero_stage": stage, "train__steps": 6, "schedule__type": "constant"}
+    whole, whole_validation = train("whole", **options)
+    train("parts", **{**options, "train__steps": 4})
+    parts, parts_validation = train("parts", **options)
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "rows_hash", "epoch", "density")
+    assert [{key: line[key] for key in keys} for line in parts] == [{key: line[key] for key in keys} for line in whole]
+    assert parts_validation[-1] == whole_validation[-1]
+
+
+def test_a_broken_checkpoint_is_skipped(train, tmp_path, caplog):
+    train(train__steps=4)
+    folder = tmp_path / "run" / "run" / "checkpoints"
+    (folder / "step-00000004" / "manifest.json").unlink()
+    with caplog.at_level(logging.INFO):
+        train(train__steps=4)
+    assert "step-00000004 is skipped: it has no manifest.json" in caplog.text
+    assert f"resuming from {folder / 'step-00000002'}" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_refused_by_file(train, tmp_path):
+    train(train__steps=2)
+    (shard,) = (tmp_path / "run" / "run" / "checkpoints" / "step-00000002").glob("*optim_states.pt")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=f"{shard.name}: the content differs from the manifest's hash"):
+        train(train__steps=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {**SHAPE, "layers": 3}}, "model.layers is 2 there and 3 here"),
+        ({"train__seq": 256}, "the data differs: seq is 128 there and 256 here"),
+        ({"parallel__zero_stage": 2}, "parallel.zero_stage is 1 there and 2 here"),
+        ({"train__steps": 1, "schedule__warmup_steps": 0}, "step 2 is past train.steps (1)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(train, changes, message):
+    train(train__steps=2)
+    with pytest.raises(UserError) as error:
+        train(**{"train__steps": 4, **changes})
+    assert message in str(error.value)
+
+
+def test_what_a_resume_changes_is_logged(train, caplog):
+    train(train__steps=2)
+    with caplog.at_level(logging.INFO):
+        train(train__steps=4, optimizer__lr=1e-4)
+    assert "optimizer.lr was 0.003, is 0.0001" in caplog.text
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_non_finite_gradients_skip_the_step_and_stop_the_run(tmp_path, corpus, stage, monkeypatch):
+    path = write_recipe(
+        tmp_path / "recipe.yaml", corpus, model=FIXED, parallel__zero_stage=stage, train__max_nonfinite_steps=2
+    )
+    trainer = Trainer(load_recipe(path))
+    batches = step_batches(trainer.training_rows, global_batch_size=8, micro_batch_size=2, rank=0, world=1)
+    trainer.train_step(batches)
+    before = weights_of(trainer)
+    healthy = trainer.engine.backward
+    monkeypatch.setattr(trainer.engine, "backward", lambda loss, **options: healthy(loss * float("nan"), **options))
+    metrics = trainer.train_step(batches)
+    assert metrics["skipped_steps"] == 1
+    assert not math.isfinite(grad_norm(trainer.engine))
+    after = weights_of(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="2 steps in a row had a non-finite gradient"):
+        trainer.train_step(batches)
+    monkeypatch.undo()
+    assert trainer.train_step(batches)["loss"] < 10
+    batches.close()
+
+
+def test_no_space_left_keeps_earlier_checkpoints(train, tmp_path, monkeypatch):
+    train(train__steps=2)
+    folder = tmp_path / "run" / "run" / "checkpoints"
+    real_save = torch.save
+
+    def full_disk(value, file, *args, **options):
+        real_save({}, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"step-00000004: the checkpoint could not be written .*No space left"):
+        train(train__steps=4)
+    monkeypatch.undo()
+    assert checkpoint.newest(folder) == folder / "step-00000002"
+    training, _ = train(train__steps=4)
+    assert checkpoint.newest(folder) == folder / "step-00000004"
+    assert not list(folder.glob(".tmp-*"))
+    assert training[-1]["step"] == 4
+
+
+def test_the_batch_must_divide_over_the_ranks(train):
+    with pytest.raises(UserError, match=r"must be a multiple of train\.micro_batch_size"):
+        train(train__micro_batch_size=3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_weights_of_a_checkpoint_are_those_of_the_model(tmp_path, corpus, stage):
+    path = write_recipe(
+        tmp_path / "recipe.yaml", corpus, parallel__zero_stage=stage, train__steps=2, train__validate_every=0
+    )
+    trainer = Trainer(load_recipe(path))
+    trainer.train()
+    saved = checkpoint.load_weights(tmp_path / "run")
+    for name, weight in weights_of(trainer).items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
