@@ -32,8 +32,10 @@ def read_documents(source: SourceConfig, reject: Callable[[str], None]) -> Itera
         documents = _whole_files(source_files(source), reject)
     elif source.type == "jsonl":
         documents = _json_lines(source_files(source), source.field, reject)
+    elif source.type == "parquet":
+        documents = _parquet_rows(source_files(source), source.field, reject)
     else:
-        documents = _dataset_rows(source, reject)
+        documents = _hub_rows(source, reject)
     return (document for document in documents if document.text)
 
 
@@ -90,34 +92,36 @@ def _json_lines(files: Iterable[Path], field: str, reject: Callable[[str], None]
                 yield from _field(record, field, origin, reject)
 
 
-def _dataset_rows(source: SourceConfig, reject: Callable[[str], None]) -> Iterator[Document]:
+def _parquet_rows(files: Iterable[Path], field: str, reject: Callable[[str], None]) -> Iterator[Document]:
+    for file in files:
+        # Streaming reads the file where it lies; otherwise datasets would first copy it into its own cache.
+        records = _records(str(file), "parquet", data_files=str(file), split="train", streaming=True)
+        for number, record in enumerate(records, start=1):
+            yield from _field(record, field, f"{file}:{number}", reject)
+
+
+def _hub_rows(source: SourceConfig, reject: Callable[[str], None]) -> Iterator[Document]:
+    if source.path is None:
+        raise DataError("data.sources: a huggingface source needs path: the name of the dataset")
+    records = _records(source.path, source.path, source.name, split=source.split)
+    for number, record in enumerate(records, start=1):
+        yield from _field(record, source.field, f"{source.path}:{number}", reject)
+
+
+def _records(origin: str, *dataset: str | None, **options: Any) -> Iterator[Any]:
     import datasets
 
-    if source.type == "parquet":
-        # Streaming reads the files where they lie; otherwise datasets would first copy them into its own cache.
-        loads = [
-            (str(file), ("parquet",), {"data_files": str(file), "streaming": True}) for file in source_files(source)
-        ]
-    elif source.path is None:
-        raise DataError("data.sources: a huggingface source needs path: the dataset's name")
-    else:
-        loads = [(source.path, (source.path, source.name), {})]
-    for origin, arguments, options in loads:
-        split = "train" if source.type == "parquet" else source.split
-        try:
-            for number, record in enumerate(datasets.load_dataset(*arguments, split=split, **options), start=1):
-                yield from _field(record, source.field, f"{origin}:{number}", reject)
-        except DataError:
-            raise
-        except Exception as error:  # datasets raises many kinds: missing, private, offline, corrupt
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"{origin}: cannot be read as {source.type} data ({reason})") from error
+    try:
+        yield from datasets.load_dataset(*dataset, **options)
+    except Exception as error:  # of many kinds: missing, private, offline, corrupt
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{origin}: the datasets library cannot read this: {reason}") from error
 
 
 def _field(record: Any, field: str, origin: str, reject: Callable[[str], None]) -> Iterator[Document]:
     """Yield the one text of a record, or reject it."""
     if not isinstance(record, dict):
-        reject(f"{origin}: expected a JSON object, found {type(record).__name__}")
+        reject(f"{origin}: expected an object with fields, found {type(record).__name__}")
     elif field not in record:
         reject(f"{origin}: no field {field!r} among {sorted(record)}; set data.sources.field")
     elif not isinstance(record[field], str):

@@ -19,21 +19,27 @@ def split_documents(
     """Yield (text, source) pairs with their split, in order.
 
     A document's split follows from its own text and the seed, so adding others does not move it, and copies of one
-    text stay together. Where that leaves a split empty, as in a corpus of a few documents, the document whose hash
-    lies nearest goes there; a single document is for training.
+    text stay together. Where that holds out nothing, as in a corpus of a few documents, the one with the lowest hash is
+    held out; where it holds out everything, only that one is. A lone document gives its last part.
     """
     waiting: list[tuple[float, str, int]] = []  # until both splits have a document
-    both = False
+    lowest, highest = 1.0, 0.0
     for text, source in documents:
         waiting.append((_uniform(text, seed), text, source))
-        both = both or min(waiting)[0] < validation_fraction <= max(waiting)[0]
-        if both:
+        lowest, highest = min(lowest, waiting[-1][0]), max(highest, waiting[-1][0])
+        if lowest < validation_fraction <= highest:
             for number, text, source in waiting:
                 yield SplitDocument(text, source, "validation" if number < validation_fraction else "train")
             waiting.clear()
-    held_out = waiting.index(min(waiting)) if len(waiting) > 1 else None
-    for place, (_, text, source) in enumerate(waiting):
-        yield SplitDocument(text, source, "validation" if place == held_out else "train")
+    if len(waiting) == 1:
+        _, text, source = waiting[0]
+        end = round(len(text) * (1 - validation_fraction))
+        yield SplitDocument(text[:end], source, "train")
+        yield SplitDocument(text[end:], source, "validation")
+    else:
+        held_out = min(waiting, default=None)
+        for document in waiting:
+            yield SplitDocument(document[1], document[2], "validation" if document is held_out else "train")
 
 
 def _uniform(text: str, seed: int) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import random
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -176,10 +177,10 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
     keeps out of text) would come back as U+2581.
     """
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
-    sentencepiece.set_random_generator_seed(0)
     sentencepiece.set_min_log_level(2)
-    lines = (line for text in texts for line in text.split("\n") if line)
+    lines = _sample((line for text in texts for line in text.split("\n") if line), config.training_sentences)
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         to_piece, to_text = Path(folder, "normalize.tsv"), Path(folder, "denormalize.tsv")
@@ -196,8 +197,6 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
             "denormalization_rule_tsv": str(to_text),
             "add_dummy_prefix": False,
             "remove_extra_whitespaces": False,
-            "input_sentence_size": config.training_sentences,
-            "shuffle_input_sentence": True,
             "num_threads": 4,
             "unk_id": 0,
             "bos_id": 1,
@@ -209,15 +208,30 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
             "pad_piece": PAD,
         }
         try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
         except RuntimeError as error:
             raise DataError(
                 f"data.tokenizer.vocab_size: {config.vocab_size} tokens cannot be learnt from this text; "
                 f"give more text or a smaller vocabulary ({str(error).split('] ')[-1]})"
             ) from error
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    for spec in (proto.normalizer_spec, proto.denormalizer_spec):
+        spec.ClearField("normalization_rule_tsv")  # the path of a temporary file: it would change the hash
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
-    return SentencePieceTokenizer(model.getvalue())
+    path.write_bytes(proto.SerializeToString())
+    return SentencePieceTokenizer(path.read_bytes())
+
+
+def _sample(lines: Iterable[str], size: int) -> list[str]:
+    """Draw `size` lines, the same ones at every call: sentencepiece's own sampling cannot be seeded."""
+    generator = random.Random(0)
+    sample: list[str] = []
+    for number, line in enumerate(lines):
+        if number < size:
+            sample.append(line)
+        elif (place := int(generator.random() * (number + 1))) < size:
+            sample[place] = line
+    return sample
 
 
 def _first_given(token: int | None, otherwise: int) -> int:

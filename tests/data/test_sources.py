@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_train.data.config import SourceConfig
+from dash_train.data.errors import DataError
+from dash_train.data.sources import Document, read_documents, source_files
+
+
+def read(bad: list[str] | None = None, **source: Any) -> list[Document]:
+    rejected = [] if bad is None else bad
+    return list(read_documents(SourceConfig(**source), rejected.append))
+
+
+def test_stdlib_is_this_pythons_source_in_a_fixed_order() -> None:
+    files = source_files(SourceConfig())
+    names = [file.name for file in files]
+    assert "argparse.py" in names and files == sorted(files)
+    assert not any("site-packages" in file.parts for file in files)
+    texts = read_documents(SourceConfig(), reject=print)
+    assert next(texts).text == files[0].read_bytes().decode()
+
+
+def test_text_is_one_document_a_file_kept_to_the_byte(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_bytes(b"line\r\nline\rx")
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "none.txt").write_text("")
+    assert [document.text for document in read(type="text", path=str(tmp_path))] == ["line\r\nline\rx", "one"]
+    assert [document.text for document in read(type="text", path=str(tmp_path / "*.txt"))] == ["one"]
+
+
+def test_text_that_is_not_utf8_is_rejected_by_name(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    bad: list[str] = []
+    assert read(bad, type="text", path=str(tmp_path)) == []
+    assert bad == [f"{tmp_path}/latin.txt: not UTF-8 text (unexpected end of data at byte 0)"]
+
+
+BAD_LINES = [
+    ('{"text": "cut', "not a JSON object"),
+    ('{"text": "\xff"}'.encode("latin-1"), "not a JSON object"),
+    ('["text"]', "expected an object with fields, found list"),
+    ('{"body": "x"}', "no field 'text' among ['body']; set data.sources.field"),
+    ('{"text": ["x"]}', "field 'text' holds list, expected a string"),
+    ('{"text": "\\ud800"}', "holds half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_jsonl_rejects_a_bad_line_with_its_number(tmp_path: Path, line: str | bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"text": "one"}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b'\n{"text": "two"}\n'
+    )
+    bad: list[str] = []
+    documents = read(bad, type="jsonl", path=str(path))
+    assert documents == [Document("one", f"{path}:1"), Document("two", f"{path}:4")]
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:3: ") and message in bad[0] and "\n" not in bad[0]
+
+
+def test_parquet_reads_the_named_column(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"body": ["one", None, "two"]}), path)
+    bad: list[str] = []
+    documents = read(bad, type="parquet", path=str(tmp_path), field="body")
+    assert documents == [Document("one", f"{path}:1"), Document("two", f"{path}:3")]
+    assert bad == [f"{path}:2: field 'body' holds NoneType, expected a string"]
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"rows.parquet: the datasets library cannot read this: ") as error:
+        read(type="parquet", path=str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_huggingface_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "named"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two")))
+    documents = read(type="huggingface", path=str(folder))
+    assert documents == [Document("one", f"{folder}:1"), Document("two", f"{folder}:2")]
+
+
+@pytest.mark.parametrize("type", ["text", "jsonl", "parquet"])
+def test_a_path_without_files_is_one_clear_line(tmp_path: Path, type: str) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}/missing: no {type} file here"):
+        read(type=type, path=str(tmp_path / "missing"))
+    with pytest.raises(DataError, match=f"a {type} source needs path"):
+        read(type=type)
