@@ -1,4 +1,4 @@
-"""Text generation: prompts in, one token a row and step out."""
+"""Generation: prompts in, one token a row and step out; or texts in, texts out."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_train.data.tokenizer import Tokenizer
 from dash_train.errors import UserError
 from dash_train.model.cache import Cache
 from dash_train.model.transformer import LanguageModel
@@ -35,8 +36,13 @@ def generate(
         use_cache: False runs the model on all tokens at every step, a slow reference for the cached way.
 
     Raises:
-        UserError: a prompt is empty.
+        UserError: a prompt is empty, or a number is out of range.
     """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or seed < 0:
+        raise UserError(
+            "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0; found "
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}"
+        )
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} is empty: expected at least one token, such as the tokenizer's <bos>")
@@ -61,6 +67,66 @@ def generate(
         finished = [done or token == eos_id for token, done in zip(tokens, finished, strict=True)]
         if all(finished):
             return
+
+
+def generate_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[int, str]]:
+    """Continue texts; yields (row, new text) as it comes, never half a character. Arguments as in `generate`."""
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    streams = [TextStream(tokenizer, row) for row in rows]
+    for tokens in generate(
+        model,
+        rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+    ):
+        for row, token in enumerate(tokens):
+            if token is not None and (text := streams[row].add(token)):
+                yield row, text
+    for row, stream in enumerate(streams):
+        if text := stream.rest():
+            yield row, text
+
+
+class TextStream:
+    """The text of a growing list of tokens, piece by piece.
+
+    Tokens are decoded together with those of the piece before, since a decoder may treat the first one differently; and
+    text that ends inside a UTF-8 character waits for the tokens that complete it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.before = prompt  # whose text is out
+        self.waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that one more token makes ready; empty while a character is incomplete."""
+        self.waiting.append(token)
+        text = self._waiting_text()
+        if text.endswith("\ufffd"):
+            return ""
+        self.before, self.waiting = self.waiting, []
+        return text
+
+    def rest(self) -> str:
+        """What still waits at the end; broken characters are U+FFFD."""
+        return self._waiting_text()
+
+    def _waiting_text(self) -> str:
+        before = self.tokenizer.decode(self.before)
+        return self.tokenizer.decode(self.before + self.waiting)[len(before) :]
 
 
 def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:

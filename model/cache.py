@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from dash_train.model.config import ModelConfig
 
@@ -26,9 +27,7 @@ class Cache:
     lengths: Tensor  # [batch] int32
 
     @classmethod
-    def allocate(
-        cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> "Cache":
+    def allocate(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Self:
         """An empty cache for `capacity` tokens a row, rounded up to whole chunks."""
         chunks = -(-capacity // config.attention.chunk_size)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -77,7 +77,10 @@ class Transformer(nn.Module):
         real: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32."""
+        """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32.
+
+        With a cache, only the hidden state of each row's last real token, `[batch, 1, hidden_size]`.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = None
         if document_starts is not None:
@@ -99,6 +102,8 @@ class Transformer(nn.Module):
             else:
                 hidden, layer_statistics = block(*inputs)
             statistics.append(layer_statistics)
+        if cache is not None and tokens.shape[1] > 1:
+            hidden = hidden[torch.arange(len(tokens)), cache.lengths - 1][:, None]
         return self.norm(hidden), torch.stack(statistics)
 
 
@@ -152,8 +157,6 @@ class LanguageModel(nn.Module):
             `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for full attention).
         """
         hidden, statistics = self.model(tokens, document_starts, real, cache)
-        if cache is not None and tokens.shape[1] > 1:
-            hidden = hidden[torch.arange(len(tokens)), cache.lengths - 1][:, None]
         if labels is None:
             return {"logits": self.lm_head(hidden)}
         loss, token_losses = self.lm_head(hidden, labels)

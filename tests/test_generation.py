@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from dash_train.errors import UserError
-from dash_train.generation import generate
+from dash_train.generation import TextStream, generate
 from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
@@ -52,6 +52,28 @@ def test_rows_end_at_eos(tiny_model: Build) -> None:
     assert ended == greedy[: end + 1] + [None] * (len(ended) - end - 1)
 
 
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_numbers_out_of_range_are_refused(wrong: dict, tiny_model: Build) -> None:
+    with pytest.raises(UserError, match=f"found .*{next(iter(wrong))}"):
+        list(generate(tiny_model(), [[1]], **{"max_new_tokens": 1, **wrong}))
+
+
 def test_an_empty_prompt_is_refused(tiny_model: Build) -> None:
     with pytest.raises(UserError, match="prompt 1 is empty"):
         list(generate(tiny_model(), [[1], []], max_new_tokens=1))
+
+
+class Bytes:
+    """A tokenizer whose tokens are UTF-8 bytes, and which drops a space in front."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace").removeprefix(" ")
+
+
+def test_streamed_text_is_whole_characters() -> None:
+    stream = TextStream(Bytes(), list(b"a prompt"))  # type: ignore[arg-type]
+    text = " gr\u00fc\u00df dich \U0001f642"
+    pieces = [stream.add(byte) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert stream.add("\u00fc".encode()[0]) == ""
+    assert stream.rest() == "\ufffd"

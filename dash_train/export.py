@@ -1,0 +1,79 @@
+"""A run's checkpoint as a Hugging Face folder with a model card."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dash_train import checkpoint
+from dash_train.checkpoint import TrainState
+from dash_train.conversion import export
+from dash_train.data.tokenizer import load_tokenizer
+from dash_train.metrics import read_metrics
+from dash_train.model.config import ModelConfig
+
+
+def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Path:
+    """Export the checkpoint of `step` (default: the newest) of a run folder; return that checkpoint's folder.
+
+    The weights are written in the precision they were trained in: bfloat16, or float32 with `train.precision: fp32`.
+
+    Raises:
+        UserError: there is no such checkpoint, or `out` already holds something.
+    """
+    found = checkpoint.find(run, step)
+    run_dir = found.parent.parent
+    state, config = checkpoint.load_state(found), checkpoint.load_model_config(found)
+    export(
+        checkpoint.load_weights(found),
+        config,
+        load_tokenizer(run_dir / "tokenizer"),
+        out,
+        max_seq=state.recipe["train"]["seq"],
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[state.recipe["train"]["precision"]],
+        card=model_card(Path(out).name, config, state, read_metrics(run_dir)),
+    )
+    return found
+
+
+def model_card(
+    name: str, config: ModelConfig, state: TrainState, metrics: tuple[list[dict[str, Any]], list[dict[str, Any]]]
+) -> str:
+    """README.md of an exported model: what it is, how to load it, how it was trained and how well it did."""
+    last: dict[str, Any] = {}
+    for lines in metrics:
+        last |= next((line for line in reversed(lines) if line["step"] <= state.step), {})
+    shown = ("loss", "validation_loss", "validation_bits_per_byte")
+    results = "\n".join(f"| {key} | {last[key]:.4f} |" for key in shown if key in last)
+    dash = any(config.attention_type(layer) == "dash" for layer in range(config.layers))
+    attention = "DashAttention (arXiv 2605.18753)" if dash else "full causal attention"
+    requirement = "It needs the dash-train package: pass `trust_remote_code=True`, or import dash_train first.\n\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A causal language model of {config.layers} layers, hidden size {config.hidden_size}, with {attention}, trained with
+DashTrain on sequences of {state.recipe["train"]["seq"]} tokens: {state.step} steps, {state.tokens} tokens.
+
+{requirement if dash else ""}```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if dash else ""})
+```
+
+## Last metrics
+
+| metric | value |
+|---|---|
+{results}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(state.recipe, sort_keys=False).strip()}
+```
+"""

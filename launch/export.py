@@ -1,0 +1,23 @@
+"""Export a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer, model card.
+
+python launch/export.py runs/quickstart exports/quickstart [--step 500]
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+from dash_train.command import command_parser, run_command
+from dash_train.export import export_run
+
+
+def main(args: Namespace) -> None:
+    found = export_run(args.run, args.out, args.step)
+    print(f"{args.out}: exported from {found}")
+
+
+if __name__ == "__main__":
+    parser = command_parser(__doc__)
+    parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="the folder to write; it must be new or empty")
+    parser.add_argument("--step", type=int, help="export this step's checkpoint (default: the newest)")
+    run_command(main, parser)

@@ -1,0 +1,46 @@
+"""Each in a Python of its own, since what has been imported is the point."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dash_train.conversion import export
+from dash_train.model.transformer import LanguageModel
+
+
+class NoTokenizer:
+    bos_id, eos_id, pad_id = 1, 2, 3
+
+    def save_huggingface(self, folder: Path) -> None:
+        pass
+
+
+def run_python(code: str, folder: Path) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, text=True, capture_output=True, check=True).stdout
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    code = "import sys, dash_train; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert run_python(code, tmp_path) == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("imports", "trust"),
+    [
+        ("import dash_train; from transformers import AutoModelForCausalLM", False),
+        ("from transformers import AutoModelForCausalLM; import dash_train", False),
+        ("from transformers import AutoModelForCausalLM", True),
+    ],
+)
+def test_transformers_finds_dash_models(
+    imports: str, trust: bool, tiny_model: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    import torch
+
+    model = tiny_model("dash")
+    export(model.state_dict(), model.config, NoTokenizer(), tmp_path / "out", max_seq=64, dtype=torch.float32, card="")  # type: ignore[arg-type]
+    code = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained('out', trust_remote_code={trust})).__name__)"
+    assert run_python(code, tmp_path) == "DashForCausalLM\n"
