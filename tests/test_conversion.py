@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from exported import export_folder
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dash_train.conversion import export, load_model
+from dash_train.conversion import load_model
 from dash_train.errors import UserError
 from dash_train.generation import generate
 from dash_train.model.config import RopeScaling
@@ -20,21 +21,6 @@ ROPE = {
     "yarn": RopeScaling(type="yarn", factor=4, original_seq=32),
     "llama3": RopeScaling(type="llama3", factor=8, original_seq=32),
 }
-
-
-class NoTokenizer:
-    """Stands where a tokenizer is written along; its own export is tested with it."""
-
-    bos_id, eos_id, pad_id = 1, 2, 3
-
-    def save_huggingface(self, folder: Path) -> None:
-        pass
-
-
-def export_folder(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    out = folder / "out"
-    export(model.state_dict(), model.config, NoTokenizer(), out, max_seq=128, dtype=dtype, card="# A model")  # type: ignore[arg-type]
-    return out
 
 
 def from_huggingface(folder: Path) -> Any:

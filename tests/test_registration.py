@@ -6,16 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exported import export_folder
 
-from dash_train.conversion import export
 from dash_train.model.transformer import LanguageModel
-
-
-class NoTokenizer:
-    bos_id, eos_id, pad_id = 1, 2, 3
-
-    def save_huggingface(self, folder: Path) -> None:
-        pass
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -30,7 +23,6 @@ def test_import_is_light(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("imports", "trust"),
     [
-        ("import dash_train; from transformers import AutoModelForCausalLM", False),
         ("from transformers import AutoModelForCausalLM; import dash_train", False),
         ("from transformers import AutoModelForCausalLM", True),
     ],
@@ -38,9 +30,6 @@ def test_import_is_light(tmp_path: Path) -> None:
 def test_transformers_finds_dash_models(
     imports: str, trust: bool, tiny_model: Callable[..., LanguageModel], tmp_path: Path
 ) -> None:
-    import torch
-
-    model = tiny_model("dash")
-    export(model.state_dict(), model.config, NoTokenizer(), tmp_path / "out", max_seq=64, dtype=torch.float32, card="")  # type: ignore[arg-type]
+    export_folder(tiny_model("dash"), tmp_path)
     code = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained('out', trust_remote_code={trust})).__name__)"
     assert run_python(code, tmp_path) == "DashForCausalLM\n"

@@ -1,0 +1,54 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dash_train import checkpoint
+from dash_train.data.tokenizer import load_tokenizer
+from dash_train.export import export_run
+from dash_train.model.transformer import LanguageModel
+from dash_train.recipe import load_recipe
+from dash_train.trainer import Trainer
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    monkeypatch.setattr(sys, "argv", [str(arg) for arg in args])
+    runpy.run_path(str(args[0]), run_name="__main__")
+
+
+def test_a_run_is_exported_and_generates(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus))).train()
+    run, out = tmp_path / "run", tmp_path / "out"
+    found = export_run(run, out)
+
+    model = LanguageModel(checkpoint.load_model_config(found))
+    model.load_state_dict(checkpoint.load_weights(found))
+    tokenizer, theirs = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    text = "def main(args):\n    return args"
+    ids = load_tokenizer(run / "tokenizer").encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False) == ids
+    with torch.no_grad():
+        tokens = torch.tensor([ids])
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens)["logits"], atol=1e-4, rtol=0)
+    card = (out / "README.md").read_text()
+    assert "| validation_loss | " in card
+    assert "run_dir: " in card
+
+    capsys.readouterr()
+    launch = Path(__file__).parents[1] / "launch"
+    command(monkeypatch, launch / "generate.py", out, "--prompt", "import ", "--max-new-tokens", 4)
+    streamed = capsys.readouterr().out
+    (tmp_path / "prompts").write_text("import \ndef ")
+    command(monkeypatch, launch / "generate.py", out, "--prompts-file", tmp_path / "prompts", "--max-new-tokens", 4)
+    assert streamed.startswith("import ")
+    assert capsys.readouterr().out.startswith(f"[0] {streamed}[1] def ")
+
+    with pytest.raises(SystemExit):
+        command(monkeypatch, launch / "export.py", run, out)
+    assert "out: already exists; name a new folder" in capsys.readouterr().err
