@@ -1,0 +1,147 @@
+"""Stage 2 in Triton: attention over the own chunk and a tile's list of routed chunks."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dash_train.kernels.dash.prior import LOG2_E
+from dash_train.kernels.dash.routing import Routing
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def attend_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: Shape,
+    segment: Segment,
+    lists: Lists,
+    routing: Routing,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of one segment's queries: writes its rows of `out` (like q, contiguous) and of `lse` [batch, heads, q_len].
+
+    lse is the natural logarithm of the softmax's denominator, log-prior included, fp32.
+    """
+    block = [1, shape.chunk_size, 1, triton.next_power_of_2(shape.head_dim)]
+    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
+    attend_kernel[(tiles, shape.batch * shape.kv_heads)](
+        q,
+        TensorDescriptor.from_tensor(k, block),
+        TensorDescriptor.from_tensor(v, block),
+        *lists,
+        routing.union_chunks,
+        out,
+        lse,
+        *q.stride()[:3],
+        shape.q_len,
+        routing.union_chunks.shape[2],
+        *segment,
+        LOG2_E * shape.head_dim**-0.5,
+        KV_HEADS=shape.kv_heads,
+        GROUP=shape.group,
+        PADDED_GROUP=shape.padded_group,
+        TILE=shape.tile_tokens,
+        CHUNK=shape.chunk_size,
+        HEAD_DIM=shape.head_dim,
+        BLOCK_DIM=block[-1],
+        STAGES=_stages(k, shape),
+        num_warps=4,
+    )
+
+
+def _stages(k: Tensor, shape: Shape) -> int:
+    """How many chunks of keys and values shared memory holds at a time: three where two programs still fit on an SM."""
+    chunk_bytes = 2 * shape.chunk_size * triton.next_power_of_2(shape.head_dim) * k.element_size()
+    return 3 if chunk_bytes <= 2**15 else 2 if chunk_bytes <= 2**16 else 1
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,
+    k_tiles,
+    v_tiles,
+    chunks_ptr,
+    prior_ptr,
+    union_ptr,
+    out_ptr,
+    lse_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    q_len,
+    row_tiles,
+    first_row,
+    first_position,
+    tokens,
+    first_tile,
+    capacity,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a tile, the longest histories first. Logits are in units of log 2: scale and prior contain log2 e."""
+    ROWS: tl.constexpr = TILE * PADDED_GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+
+    row = tl.arange(0, ROWS)
+    token = tile * TILE + row // PADDED_GROUP  # within the segment
+    head = row % PADDED_GROUP
+    is_real = (token < tokens) & (head < GROUP)
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < HEAD_DIM
+    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
+    q_rows += (kv_head * GROUP + head) * q_head_stride
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim[None, :], other=0.0)
+    # Changes nothing but the compiler's mind: what comes straight from a load it feeds to the matrix units through shared
+    # memory, whose bandwidth limits this kernel; what was computed stays in registers.
+    q = tl.where(is_real[:, None], q, 0.0)
+
+    # The own chunk: causal, no prior. Every row sees at least its own key, so the maximum is finite from here on.
+    own = (first_position + tile * TILE) // CHUNK
+    k_head = kv_head.to(tl.int32)
+    k_batch = batch.to(tl.int32)
+    k = k_tiles.load([k_batch, own * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
+    v = v_tiles.load([k_batch, own * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
+    is_seen = (own * CHUNK + tl.arange(0, CHUNK))[None, :] <= (first_position + token)[:, None]
+    logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    highest = tl.max(logits, 1)
+    weights = tl.exp2(logits - highest[:, None])
+    total = tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+
+    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    chunks_ptr += list_start
+    prior_ptr += list_start * TILE + row // PADDED_GROUP
+    length = tl.load(union_ptr + sequence * row_tiles + first_tile + tile)
+    for entry in tl.range(0, length, num_stages=STAGES):
+        chunk = tl.load(chunks_ptr + entry)
+        prior = tl.load(prior_ptr + entry * TILE)
+        k = k_tiles.load([k_batch, chunk * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
+        v = v_tiles.load([k_batch, chunk * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        new_highest = tl.maximum(highest, tl.max(logits, 1) * scale + prior)
+        weights = tl.exp2(logits * scale + (prior - new_highest)[:, None])
+        rescale = tl.exp2(highest - new_highest)
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        highest = new_highest
+
+    out_rows = out_ptr + ((batch * q_len + first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * HEAD_DIM
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_rows[:, None] + dim[None, :], out, mask=is_real[:, None] & in_dim[None, :])
+    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_len + first_row + token
+    tl.store(lse_ptr + per_head, (highest + tl.log2(total)) * LN_2, mask=is_real)

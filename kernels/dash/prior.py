@@ -1,0 +1,106 @@
+"""The log-prior of the listed chunks in Triton: between routing, which leaves pbar in the lists, and attention."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_train.kernels.dash.routing import Routing
+from dash_train.kernels.dash.stages import PBAR_MIN, DashConfig
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+
+LOG2_E = 1.4426950408889634
+
+
+class Prior(NamedTuple):
+    """Per token and KV head: [batch, kv_heads, q_len]."""
+
+    normalizer: Tensor  # fp32: what was subtracted from log pbar; 0 for "none" and where nothing is routed
+    active_chunks: Tensor  # int32: |R(t)|
+
+
+def new_prior(shape: Shape, device: torch.device) -> Prior:
+    """The outputs of prior_segment, not yet written."""
+    size = (shape.batch, shape.kv_heads, shape.q_len)
+    return Prior(torch.empty(size, device=device), torch.empty(size, device=device, dtype=torch.int32))
+
+
+def prior_segment(
+    config: DashConfig, shape: Shape, segment: Segment, lists: Lists, routing: Routing, out: Prior
+) -> None:
+    """Turns pbar of one segment's lists into b_c log2(e), -inf where a token is not routed; writes its tokens of `out`."""
+    temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
+    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
+    prior_kernel[(tiles, shape.batch * shape.kv_heads)](
+        lists.prior,
+        routing.union_chunks,
+        *out,
+        shape.q_len,
+        routing.union_chunks.shape[2],
+        segment.row,
+        segment.tokens,
+        segment.tile,
+        segment.width,
+        LOG2_E / temperature,
+        PBAR_MIN,
+        TILE=shape.tile_tokens,
+        BLOCK=max(16, 1024 // shape.tile_tokens),
+        NORMALIZER=config.prior_normalizer,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def prior_kernel(
+    prior_ptr,
+    union_ptr,
+    normalizer_ptr,
+    active_ptr,
+    q_len,
+    row_tiles,
+    first_row,
+    tokens,
+    first_tile,
+    capacity,
+    prior_scale,
+    pbar_min,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+):
+    """One program a tile: one pass for the normaliser, one that writes."""
+    tile = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    length = tl.load(union_ptr + sequence * row_tiles + first_tile + tile)
+    token = tl.arange(0, TILE)
+    entry = tl.arange(0, BLOCK)
+    pointers = prior_ptr + (sequence * tl.num_programs(0) + tile) * capacity * TILE
+    pointers += entry[:, None] * TILE + token[None, :]
+
+    active = tl.zeros([TILE], tl.int32)
+    log_sum = tl.zeros([TILE], tl.float32)
+    log_max = tl.full([TILE], float("-inf"), tl.float32)
+    for block in range(0, length, BLOCK):
+        pbar = tl.load(pointers + block * TILE, mask=(block + entry < length)[:, None], other=0.0)
+        log_pbar = tl.log(tl.maximum(pbar, pbar_min))
+        active += tl.sum((pbar > 0).to(tl.int32), 0)
+        log_sum += tl.sum(tl.where(pbar > 0, log_pbar, 0.0), 0)
+        log_max = tl.maximum(log_max, tl.max(tl.where(pbar > 0, log_pbar, float("-inf")), 0))
+
+    normalizer = tl.zeros([TILE], tl.float32)
+    if NORMALIZER == "geometric_mean":
+        normalizer = log_sum / tl.maximum(active, 1)
+    elif NORMALIZER == "peak":
+        normalizer = tl.where(active > 0, log_max, 0.0)
+    for block in range(0, length, BLOCK):
+        in_list = (block + entry < length)[:, None]
+        pbar = tl.load(pointers + block * TILE, mask=in_list, other=0.0)
+        prior = (tl.log(tl.maximum(pbar, pbar_min)) - normalizer[None, :]) * prior_scale
+        tl.store(pointers + block * TILE, tl.where(pbar > 0, prior, float("-inf")), mask=in_list)
+
+    is_token = tile * TILE + token < tokens
+    per_token = sequence * q_len + first_row + tile * TILE + token
+    tl.store(normalizer_ptr + per_token, normalizer, mask=is_token)
+    tl.store(active_ptr + per_token, active, mask=is_token)

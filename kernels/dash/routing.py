@@ -1,0 +1,334 @@
+"""Stage 1 in Triton: which chunks each token is routed to, and with what probability.
+
+A program owns one tile (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS eligible chunks they
+stay in registers. With more, the threshold of a sample of the chunks, which is never above that of all of them, tells in
+one pass which chunks can matter to any row; their scores, usually a tenth of all, are computed again in every later pass.
+
+The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and falling,
+so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes back below it
+from above: no bracket is needed. N rather than N^2, because far from the solution N is close to linear. From -1/2 it takes
+3 to 7 steps, whatever the scores and their number.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_train.kernels.dash.stages import DashConfig
+from dash_train.kernels.dash.tiles import RESIDENT_CHUNKS, Lists, Segment, Shape
+
+STREAMED_WIDTH = 256  # chunks in the sample, and in a block of a pass, beyond RESIDENT_CHUNKS
+MAX_STEPS = tl.constexpr(16)
+TOLERANCE = tl.constexpr(1e-6)  # on |sum p - 1|
+SLACK = tl.constexpr(1e-5)  # how far below a sample's threshold a chunk may lie and is still kept: covers rounding
+
+
+class Routing(NamedTuple):
+    """What routing leaves behind for the statistics and the backward pass; all fp32 but the counts."""
+
+    tau: Tensor  # [batch, heads, q_len], relative to row_max
+    row_max: Tensor  # [batch, heads, q_len], of z; 0 where nothing is eligible
+    union_chunks: Tensor  # [batch, kv_heads, tiles] int32: the lengths of the lists
+    residual: Tensor  # [batch, kv_heads, tiles]: worst |sum p - 1| of a tile
+
+
+def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
+    """Routing's outputs, not yet written."""
+    per_head = (shape.batch, shape.heads, shape.q_len)
+    per_tile = (shape.batch, shape.kv_heads, pieces * triton.cdiv(shape.q_len // pieces, shape.tile_tokens))
+    return Routing(
+        tau=torch.empty(per_head, device=device),
+        row_max=torch.empty(per_head, device=device),
+        union_chunks=torch.empty(per_tile, device=device, dtype=torch.int32),
+        residual=torch.empty(per_tile, device=device),
+    )
+
+
+def route_segment(
+    q: Tensor,
+    parts: Tensor,
+    document_starts: Tensor,
+    config: DashConfig,
+    shape: Shape,
+    segment: Segment,
+    lists: Lists,
+    out: Routing,
+    support: Tensor | None = None,
+) -> None:
+    """Routes the queries of one segment: writes its rows of `out`, and the chunks and pbar of `lists`.
+
+    q [batch, q_len, heads, head_dim]; parts [parts, batch, chunks, kv_heads, head_dim] of summarize_chunks;
+    document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_len, chunks] of zeros, if it is wanted:
+    the chunks of positive probability are marked in it.
+    """
+    resident = segment.width <= RESIDENT_CHUNKS
+    width = segment.width if resident else STREAMED_WIDTH
+    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
+    route_kernel[(tiles, shape.batch * shape.kv_heads)](
+        q,
+        parts,
+        document_starts,
+        *lists,
+        *out,
+        support,
+        *q.stride()[:3],
+        parts.stride(0),
+        parts.shape[2],
+        document_starts.stride(0) if document_starts.shape[0] > 1 else 0,
+        shape.q_len,
+        out.union_chunks.shape[2],
+        *segment,
+        0.5 * config.routing_scale * shape.head_dim**-0.5,
+        KV_HEADS=shape.kv_heads,
+        GROUP=shape.group,
+        PADDED_GROUP=shape.padded_group,
+        TILE=shape.tile_tokens,
+        CHUNK=shape.chunk_size,
+        HEAD_DIM=shape.head_dim,
+        BLOCK_DIM=min(64, shape.head_dim & -shape.head_dim),
+        PARTS=parts.shape[0],
+        WIDTH=width,
+        RESIDENT=resident,
+        num_warps=8 if width > 128 else 4,
+    )
+
+
+@triton.jit
+def route_kernel(
+    q_ptr,
+    parts_ptr,
+    document_starts_ptr,
+    chunks_ptr,
+    pbar_ptr,
+    tau_ptr,
+    row_max_ptr,
+    union_ptr,
+    residual_ptr,
+    support_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    part_stride,
+    row_chunks,
+    documents_stride,
+    q_len,
+    row_tiles,
+    first_row,
+    first_position,
+    tokens,
+    first_tile,
+    capacity,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    """One program a tile, the longest histories first."""
+    ROWS: tl.constexpr = TILE * PADDED_GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+
+    row = tl.arange(0, ROWS)
+    token = tile * TILE + row // PADDED_GROUP  # within the segment
+    head = row % PADDED_GROUP
+    is_real = (token < tokens) & (head < GROUP)
+    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
+    q_rows += (kv_head * GROUP + head) * q_head_stride
+    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_len + first_row + token
+    per_tile = sequence * row_tiles + first_tile + tile
+    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    chunks_ptr += list_start
+    pbar_ptr += list_start * TILE
+
+    position = first_position + tile * TILE
+    first = tl.load(document_starts_ptr + batch * documents_stride + position) // CHUNK
+    eligible = position // CHUNK - first
+    if eligible == 0:
+        tl.store(tau_ptr + per_head, tl.full([ROWS], -1.0, tl.float32), mask=is_real)
+        tl.store(row_max_ptr + per_head, tl.zeros([ROWS], tl.float32), mask=is_real)
+        tl.store(union_ptr + per_tile, 0)
+        tl.store(residual_ptr + per_tile, 0.0)
+        return
+
+    part_rows = parts_ptr + ((batch * row_chunks + first) * KV_HEADS + kv_head) * HEAD_DIM
+    lane = tl.arange(0, WIDTH)
+    stride = 1 if RESIDENT else tl.cdiv(eligible, WIDTH)
+    z = _scores(
+        q_rows,
+        is_real,
+        part_rows,
+        part_stride,
+        lane * stride,
+        eligible,
+        scale,
+        ROWS,
+        WIDTH,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_DIM,
+        PARTS,
+    )
+    row_max = tl.max(z, 1)
+    z -= row_max[:, None]
+    tau, residual = _threshold(z, tl.cdiv(eligible, stride), ROWS)
+    length = eligible
+    if not RESIDENT:
+        low = row_max + tau - SLACK
+        length = 0
+        for block in range(0, eligible, WIDTH):
+            z = _scores(
+                q_rows,
+                is_real,
+                part_rows,
+                part_stride,
+                block + lane,
+                eligible,
+                scale,
+                ROWS,
+                WIDTH,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK_DIM,
+                PARTS,
+            )
+            row_max = tl.maximum(row_max, tl.max(z, 1))
+            is_kept = tl.max((z > low[:, None]).to(tl.int32), 0)
+            tl.store(chunks_ptr + length + tl.cumsum(is_kept, 0) - 1, block + lane, mask=is_kept > 0)
+            length += tl.sum(is_kept, 0)
+        tl.debug_barrier()
+
+        highest = -1.0 / tl.sqrt(eligible.to(tl.float32))
+        tau = tl.minimum(low - row_max, highest)
+        residual = 1.0
+        steps = 0
+        while (residual > TOLERANCE) & (steps < MAX_STEPS):
+            total = tl.zeros([ROWS], tl.float32)
+            square = tl.zeros([ROWS], tl.float32)
+            for block in range(0, length, WIDTH):
+                chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < length, other=eligible)
+                z = _scores(
+                    q_rows,
+                    is_real,
+                    part_rows,
+                    part_stride,
+                    chunk,
+                    eligible,
+                    scale,
+                    ROWS,
+                    WIDTH,
+                    KV_HEADS,
+                    HEAD_DIM,
+                    BLOCK_DIM,
+                    PARTS,
+                )
+                distance = tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
+                total += tl.sum(distance, 1)
+                square += tl.sum(distance * distance, 1)
+            residual = tl.max(tl.abs(square - 1.0), 0)
+            if residual > TOLERANCE:
+                tau = _newton(tau, total, square, highest)
+            steps += 1
+    tl.store(tau_ptr + per_head, tau, mask=is_real)
+    tl.store(row_max_ptr + per_head, row_max, mask=is_real)
+    tl.store(residual_ptr + per_tile, residual)
+
+    union = 0
+    for block in range(0, WIDTH if RESIDENT else length, WIDTH):
+        chunk = block + lane
+        if not RESIDENT:
+            chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < length, other=eligible)
+            z = _scores(
+                q_rows,
+                is_real,
+                part_rows,
+                part_stride,
+                chunk,
+                eligible,
+                scale,
+                ROWS,
+                WIDTH,
+                KV_HEADS,
+                HEAD_DIM,
+                BLOCK_DIM,
+                PARTS,
+            )
+            z -= row_max[:, None]
+            tl.debug_barrier()  # the list is shortened in place: all of this block is read before any of it is written
+        root = tl.where(is_real[:, None], tl.maximum(z - tau[:, None], 0.0), 0.0)
+        if support_ptr is not None:
+            support = support_ptr + per_head[:, None] * row_chunks + first + chunk[None, :]
+            tl.store(support, root > 0, mask=is_real[:, None] & (chunk < eligible)[None, :])
+        pbar = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, WIDTH]), 1) / GROUP
+        is_routed = tl.max(pbar, 0) > 0
+        entry = union + tl.cumsum(is_routed.to(tl.int32), 0) - 1
+        tl.store(chunks_ptr + entry, first + chunk, mask=is_routed)
+        tl.store(pbar_ptr + entry[None, :] * TILE + tl.arange(0, TILE)[:, None], pbar, mask=is_routed[None, :])
+        union += tl.sum(is_routed.to(tl.int32), 0)
+    tl.store(union_ptr + per_tile, union)
+
+
+@triton.jit
+def _scores(
+    q_rows,
+    is_real,
+    part_rows,
+    part_stride,
+    chunk,
+    eligible,
+    scale,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """z [ROWS, WIDTH] of the chunks `chunk` [WIDTH], counted from the first eligible: scale * q.ktilde, -inf past the last."""
+    is_eligible = chunk < eligible
+    part_rows += chunk.to(tl.int64) * KV_HEADS * HEAD_DIM
+    dim = tl.arange(0, BLOCK_DIM)
+    z = tl.zeros([ROWS, WIDTH], tl.float32)
+    STEPS: tl.constexpr = HEAD_DIM // BLOCK_DIM
+    for step in tl.range(0, PARTS * STEPS, num_stages=2):
+        start = (step % STEPS) * BLOCK_DIM + dim
+        part = (step // STEPS) * part_stride
+        q = tl.load(q_rows[:, None] + start[None, :], mask=is_real[:, None], other=0.0)
+        summary = tl.load(part_rows[:, None] + part + start[None, :], mask=is_eligible[:, None], other=0.0)
+        z = tl.dot(q, tl.trans(summary), z, input_precision="ieee")
+    return tl.where(is_eligible[None, :], z * scale, float("-inf"))
+
+
+@triton.jit
+def _threshold(z, count, ROWS: tl.constexpr):
+    """tau [ROWS] of the scores z [ROWS, .] relative to their maximum, `count` of them finite; and the worst |sum p - 1|."""
+    highest = -1.0 / tl.sqrt(count.to(tl.float32))  # tau of equal scores
+    tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
+    residual = 1.0
+    steps = 0
+    while (residual > TOLERANCE) & (steps < MAX_STEPS):
+        distance = tl.maximum(z - tau[:, None], 0.0)
+        total = tl.sum(distance, 1)
+        square = tl.sum(distance * distance, 1)
+        residual = tl.max(tl.abs(square - 1.0), 0)
+        if residual > TOLERANCE:
+            tau = _newton(tau, total, square, highest)
+        steps += 1
+    return tau, residual
+
+
+@triton.jit
+def _newton(tau, total, square, highest):
+    norm = tl.sqrt(square)
+    return tl.minimum(tau + (norm - 1.0) * norm / total, highest)

@@ -1,0 +1,79 @@
+"""Stage 0 in Triton: one key-like summary per chunk, the input of routing."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Summaries of the chunks of k [batch, seq, kv_heads, head_dim]: ktilde_c = sum_j softmax_j(w.k_j / sqrt(head_dim)) k_j.
+
+    Returns the summaries [batch, chunks, kv_heads, head_dim] in fp32, and the same in k's type as a sum of parts
+    [parts, batch, chunks, kv_heads, head_dim]: high and low half for 16-bit keys (one rounding alone would move chunks
+    in and out of the routed set), a single part for fp32. A last, incomplete chunk gets the summary of its keys.
+    """
+    batch, seq, kv_heads, head_dim = k.shape
+    chunks = triton.cdiv(seq, chunk_size)
+    summaries = k.new_empty(batch, chunks, kv_heads, head_dim, dtype=torch.float32)
+    parts = k.new_empty(1 if k.dtype == torch.float32 else 2, *summaries.shape)
+    summaries_kernel[(chunks, batch * kv_heads)](
+        k,
+        chunk_query.contiguous(),
+        summaries,
+        parts,
+        *k.stride()[:3],
+        seq,
+        head_dim**-0.5,
+        parts.stride(0),
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        CHUNK=chunk_size,
+        PARTS=parts.shape[0],
+    )
+    return summaries, parts
+
+
+@triton.jit
+def summaries_kernel(
+    k_ptr,
+    w_ptr,
+    summaries_ptr,
+    parts_ptr,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    seq,
+    scale,
+    part_stride,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program a chunk and KV head."""
+    chunk = tl.program_id(0)
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    head = tl.program_id(1) % KV_HEADS
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < HEAD_DIM
+
+    rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64)[:, None] * k_token_stride
+    k = tl.load(rows + dim[None, :], mask=(token < seq)[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + head * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
+
+    logits = tl.where(token < seq, tl.sum(k * w[None, :], 1) * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 0))
+    weights = weights / tl.sum(weights, 0)
+    summary = tl.sum(k * weights[:, None], 0)
+
+    offset = ((batch * tl.num_programs(0) + chunk) * KV_HEADS + head) * HEAD_DIM + dim
+    tl.store(summaries_ptr + offset, summary, mask=in_dim)
+    high = summary.to(parts_ptr.dtype.element_ty)
+    tl.store(parts_ptr + offset, high, mask=in_dim)
+    if PARTS == 2:
+        low = (summary - high.to(tl.float32)).to(parts_ptr.dtype.element_ty)
+        tl.store(parts_ptr + part_stride + offset, low, mask=in_dim)
