@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from dash_train.data.config import DataConfig
@@ -75,63 +76,70 @@ def _tokenizer_files(config: DataConfig) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
 
 
-def _write(config: DataConfig, folder: Path) -> None:
-    """Make the tokenizer and tokenize both splits into `folder`."""
-    skipped = _BadDocuments(config.on_bad_document)
-    tokenizer = _tokenizer(config, folder / "tokenizer", skipped)
-    sources = [describe(source) for source in config.sources]
-    writers = {
-        split: ShardWriter(folder / split, tokenizer, sources, config.shard_tokens) for split in ("train", "validation")
-    }
-    threads = config.workers or os.cpu_count() or 1
-    skipped.count = 0
-    started = logged = time.monotonic()
-    documents = tokens = text_bytes = 0
-
-    def progress(verb: str) -> None:
-        logger.info(
-            "%s %d documents, %d tokens, %.2f bytes per token, %d skipped, %.0f s",
-            *(verb, documents, tokens, text_bytes / max(tokens, 1), skipped.count, time.monotonic() - started),
-        )
-
-    for batch in _batches(_documents(config, skipped)):
-        for document, ids in zip(batch, tokenizer.encode_batch([item.text for item in batch], threads), strict=True):
-            size = len(document.text.encode("utf-8"))
-            writers[document.split].add(ids, document.source, size)
-            documents, tokens, text_bytes = documents + 1, tokens + len(ids), text_bytes + size
-        if time.monotonic() - logged > LOG_SECONDS:
-            logged = time.monotonic()
-            progress("tokenized")
-    if not documents:
-        raise DataError(
-            f"data.sources: no text in {', '.join(sources)}; expected at least one document that is not empty"
-        )
-    for writer in writers.values():
-        writer.close()
-    progress("prepared")
-
-
 class _BadDocuments:
     """What to do with a malformed document: `error` raises, `skip` logs and counts it."""
 
     def __init__(self, on_bad_document: str) -> None:
         self.raises = on_bad_document == "error"
-        self.count = 0
+        self.skipped: set[str] = set()
 
     def reject(self, message: str) -> None:
         if self.raises:
             raise DataError(f"{message}; mend it, or set data.on_bad_document: skip")
-        self.count += 1
-        logger.warning("skipped %s", message)
+        if message not in self.skipped:  # the sources are read twice: for the tokenizer, then for the shards
+            self.skipped.add(message)
+            logger.warning("skipped %s", message)
+
+
+def _write(config: DataConfig, folder: Path) -> None:
+    """Make the tokenizer and tokenize both splits into `folder`."""
+    bad = _BadDocuments(config.on_bad_document)
+    tokenizer = _tokenizer(config, folder / "tokenizer", bad)
+    sources = [describe(source) for source in config.sources]
+    writers = {
+        split: ShardWriter(folder / split, tokenizer, sources, config.shard_tokens) for split in ("train", "validation")
+    }
+    threads = config.workers or os.cpu_count() or 1
+    started = logged = time.monotonic()
+    for batch in _batches(_documents(config, bad)):
+        for document, ids in zip(batch, tokenizer.encode_batch([item.text for item in batch], threads), strict=True):
+            writers[document.split].add(ids, document.source, len(document.text.encode("utf-8")))
+        if time.monotonic() - logged > LOG_SECONDS:
+            logged = time.monotonic()
+            _log_progress("tokenized", list(writers.values()), bad, logged - started)
+    for writer in writers.values():
+        writer.close()
+    _log_progress("prepared", list(writers.values()), bad, time.monotonic() - started)
+
+
+def _log_progress(verb: str, writers: list[ShardWriter], bad: _BadDocuments, seconds: float) -> None:
+    documents, tokens, text_bytes = (
+        sum(getattr(writer, counter) for writer in writers) for counter in ("documents", "tokens", "text_bytes")
+    )
+    logger.info(
+        "%s %d documents, %d tokens, %.2f bytes per token, %d skipped, %.0f s",
+        verb,
+        documents,
+        tokens,
+        text_bytes / tokens,
+        len(bad.skipped),
+        seconds,
+    )
 
 
 def _documents(config: DataConfig, bad: _BadDocuments) -> Iterator[SplitDocument]:
+    """Read all sources in order. No document at all is an error."""
     texts = (
         (document.text, number)
         for number, source in enumerate(config.sources)
         for document in read_documents(source, bad.reject)
     )
-    return split_documents(texts, config.seed, config.validation_fraction)
+    documents = split_documents(texts, config.seed, config.validation_fraction)
+    first = next(documents, None)
+    if first is None:
+        sources = ", ".join(describe(source) for source in config.sources)
+        raise DataError(f"data.sources: no text in {sources}; expected at least one document that is not empty")
+    return chain([first], documents)
 
 
 def _tokenizer(config: DataConfig, folder: Path, bad: _BadDocuments) -> Tokenizer:

@@ -55,7 +55,7 @@ class ShardWriter:
         self.sources = sources
         self.shard_tokens = shard_tokens
         self.dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        self.text_bytes = 0
+        self.documents = self.tokens = self.text_bytes = 0
         self._index = array("q")  # tokens and source of every document, in turn
         self._shards: list[ShardFile] = []
         self._open_shard()
@@ -70,14 +70,15 @@ class ShardWriter:
         self._hash.update(tokens.tobytes())
         self._shard_tokens += len(tokens)
         self._index.extend((len(tokens), source))
+        self.documents += 1
+        self.tokens += len(tokens)
         self.text_bytes += text_bytes
 
     def close(self) -> ShardsMeta:
         """Finish the last shard, write the index and `meta.json`."""
         self._close_shard()
-        documents = np.frombuffer(self._index, dtype=np.int64).reshape(-1, 2)
         index = self.folder / INDEX
-        np.save(index, documents)
+        np.save(index, np.frombuffer(self._index, dtype=np.int64).reshape(-1, 2))
         meta = ShardsMeta(
             format_version=FORMAT_VERSION,
             dtype=self.dtype,
@@ -85,8 +86,8 @@ class ShardWriter:
             pad_id=self.tokenizer.pad_id,
             tokenizer_hash=self.tokenizer.hash,
             sources=self.sources,
-            documents=len(documents),
-            tokens=int(documents[:, 0].sum()),
+            documents=self.documents,
+            tokens=self.tokens,
             text_bytes=self.text_bytes,
             index=ShardFile(INDEX, index.stat().st_size, hashlib.sha256(index.read_bytes()).hexdigest()),
             shards=self._shards,

@@ -1,3 +1,4 @@
+import keyword
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ import pytest
 from dash_train.data.config import DataConfig, SourceConfig, TokenizerConfig
 from dash_train.data.sources import read_documents
 from dash_train.data.tokenizer import Tokenizer, train_tokenizer
+
+WORDS = [*keyword.kwlist, *(name for name in dir(str) if name.isalpha())]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,7 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(40):
-        words = [f"w{number * 7 + place % (number + 3)}" for place in range(5 + number**2 // 2)]
+        words = [WORDS[(number * 7 + place * number) % len(WORDS)] for place in range(5 + number**2 // 2)]
         (folder / f"{number:02d}.txt").write_text(" ".join(words))
     return folder
 
