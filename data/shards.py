@@ -14,7 +14,7 @@ from dash_train.data.errors import DataError
 from dash_train.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-INDEX = "documents.npy"
+INDEX = "documents.bin"
 META = "meta.json"
 
 
@@ -46,7 +46,7 @@ class ShardsMeta:
 
 
 class ShardWriter:
-    """Writes one split into `folder`: `tokens-00000.bin`, ..., `documents.npy` and, at `close`, `meta.json`."""
+    """Writes one split into `folder`: `tokens-00000.bin`, ..., `documents.bin` and, at `close`, `meta.json`."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, sources: list[str], shard_tokens: int) -> None:
         folder.mkdir(parents=True)
@@ -78,7 +78,7 @@ class ShardWriter:
         """Finish the last shard, write the index and `meta.json`."""
         self._close_shard()
         index = self.folder / INDEX
-        np.save(index, np.frombuffer(self._index, dtype=np.int64).reshape(-1, 2))
+        index.write_bytes(self._index)
         meta = ShardsMeta(
             format_version=FORMAT_VERSION,
             dtype=self.dtype,
@@ -89,7 +89,7 @@ class ShardWriter:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
-            index=ShardFile(INDEX, index.stat().st_size, hashlib.sha256(index.read_bytes()).hexdigest()),
+            index=ShardFile(INDEX, index.stat().st_size, hashlib.sha256(self._index).hexdigest()),
             shards=self._shards,
         )
         (self.folder / META).write_text(json.dumps(asdict(meta), indent=1))
@@ -115,7 +115,7 @@ class TokenShards:
         self.meta = _read_meta(folder)
         for file in [self.meta.index, *self.meta.shards]:
             _check_size(folder / file.name, file.bytes)
-        index = np.load(folder / INDEX)
+        index = np.fromfile(folder / INDEX, dtype=np.int64).reshape(-1, 2)
         self.lengths: npt.NDArray[np.int64] = index[:, 0]
         self.sources: npt.NDArray[np.int64] = index[:, 1]
         self._shards = [

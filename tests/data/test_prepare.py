@@ -154,7 +154,7 @@ def test_of_two_processes_the_first_to_finish_wins(data_config: Configure, monke
     assert TokenShards(folder / "train").meta.documents > 0
 
 
-@pytest.mark.parametrize("name", ["tokens-00000.bin", "documents.npy"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "documents.bin"])
 def test_a_truncated_or_missing_file_is_refused_by_name(data_config: Configure, name: str) -> None:
     folder = prepare(data_config())
     path = folder / "train" / name
