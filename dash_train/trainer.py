@@ -208,7 +208,7 @@ class Trainer:
             split,
             seq=self.recipe.train.seq,
             chunk_size=self.recipe.model.attention.chunk_size,
-            weights=[source.weight for source in data.sources],
+            weights=[source.weight for source in data.sources] if split == "train" else None,
             seed=data.seed,
         )
 

@@ -96,39 +96,36 @@ def best_fit(sizes: Ints, capacity: int) -> tuple[Ints, Ints]:
     number of distinct sizes rather than of items.
     """
     row, offset = np.empty_like(sizes), np.empty_like(sizes)
+    rows = 0
     with_room: dict[int, Ints] = {}  # rows by the room that they have left
     rooms: list[int] = []  # its keys, ascending
-    rows = 0
-    items = np.argsort(-sizes, kind="stable")
-    for group in np.split(items, np.flatnonzero(np.diff(sizes[items])) + 1):
-        size = int(sizes[group[0]]) if len(group) else 0
-        while len(group):
-            at = bisect_left(rooms, size)
-            if at < len(rooms):
-                room = rooms.pop(at)
+
+    def put_back(room: int, some: Ints) -> None:
+        if room in with_room:
+            with_room[room] = np.concatenate([with_room[room], some])
+        elif room and len(some):
+            with_room[room] = some
+            insort(rooms, room)
+
+    largest_first = np.argsort(-sizes, kind="stable")
+    for items in np.split(largest_first, np.flatnonzero(np.diff(sizes[largest_first])) + 1):
+        while len(items):
+            size = int(sizes[items[0]])
+            best = bisect_left(rooms, size)
+            if best < len(rooms):
+                room = rooms.pop(best)
                 candidates = with_room.pop(room)
             else:
                 room = capacity
-                new = -(-len(group) // (room // size))
-                candidates = np.arange(rows, rows + new)
-                rows += new
+                candidates = np.arange(rows, rows - (-len(items) // (room // size)))
+                rows += len(candidates)
             fits = room // size
-            taken = np.arange(min(len(group), fits * len(candidates)))
-            row[group[taken]] = candidates[taken // fits]
-            offset[group[taken]] = capacity - room + taken % fits * size
-            group = group[len(taken) :]
-            full, partial = divmod(len(taken), fits)
-            left = [
-                (room - fits * size, candidates[:full]),
-                (room - partial * size, candidates[full : full + 1] if partial else candidates[:0]),
-                (room, candidates[full + (partial > 0) :]),
-            ]
-            for room_left, some in left:
-                if not len(some) or not room_left:
-                    continue
-                if room_left in with_room:
-                    with_room[room_left] = np.concatenate([with_room[room_left], some])
-                else:
-                    with_room[room_left] = some
-                    insort(rooms, room_left)
+            taken = np.arange(min(len(items), fits * len(candidates)))
+            row[items[taken]] = candidates[taken // fits]
+            offset[items[taken]] = capacity - room + taken % fits * size
+            items = items[len(taken) :]
+            full, rest = divmod(len(taken), fits)
+            put_back(room - fits * size, candidates[:full])
+            put_back(room - rest * size, candidates[full : full + (rest > 0)])
+            put_back(room, candidates[full + (rest > 0) :])
     return row, offset
