@@ -57,8 +57,7 @@ def export(
     from huggingface_hub import save_torch_state_dict
 
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; name a new folder, or remove it first")
+    check_new(out)
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -79,10 +78,22 @@ def export(
         weights = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
     weights = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
     save_torch_state_dict(weights, temporary, max_shard_size=MAX_SHARD_SIZE)
+    for file in temporary.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes them readable to their owner alone
 
     if out.exists():
         out.rmdir()
     temporary.rename(out)
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write a folder over something: `out` must not exist, or be an empty folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists; name a new folder, or remove it first")
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, device: str | torch.device) -> LanguageModel:

@@ -8,7 +8,7 @@ import yaml
 
 from dash_train import checkpoint
 from dash_train.checkpoint import TrainState
-from dash_train.conversion import export
+from dash_train.conversion import check_new, export
 from dash_train.data.tokenizer import load_tokenizer
 from dash_train.metrics import read_metrics
 from dash_train.model.config import ModelConfig
@@ -22,6 +22,7 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
     Raises:
         UserError: there is no such checkpoint, or `out` already holds something.
     """
+    check_new(Path(out))  # before the weights are gathered, which takes a while
     found = checkpoint.find(run, step)
     run_dir = found.parent.parent
     state, config = checkpoint.load_state(found), checkpoint.load_model_config(found)

@@ -36,13 +36,15 @@ def generate(
         use_cache: False runs the model on all tokens at every step, a slow reference for the cached way.
 
     Raises:
-        UserError: a prompt is empty, or a number is out of range.
+        UserError: there is no prompt, one is empty, or a number is out of range.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or seed < 0:
         raise UserError(
             "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0; found "
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}"
         )
+    if not prompts:
+        raise UserError("no prompts: expected at least one")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} is empty: expected at least one token, such as the tokenizer's <bos>")
@@ -144,7 +146,7 @@ def _last_logits(model: LanguageModel, rows: list[list[int]], cache: Cache | Non
     real = torch.arange(longest, device=device) < lengths[:, None]
     if cache is not None:
         return model(tokens, real=real, cache=cache)["logits"][:, 0]
-    return model(tokens, real=real)["logits"][torch.arange(len(rows)), lengths - 1]
+    return model(tokens, real=real)["logits"][torch.arange(len(rows), device=device), lengths - 1]
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> list[int]:
