@@ -23,13 +23,12 @@ def attend_segment(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Attention of one segment's queries: writes its rows of `out` (like q, contiguous) and of `lse` [batch, heads, q_len].
+    """Attention of one segment's queries: writes its rows of `out` (like q, contiguous) and of `lse`.
 
-    lse is the natural logarithm of the softmax's denominator, log-prior included, fp32.
+    lse [batch, heads, q_len] fp32: the natural logarithm of the softmax's denominator, log-prior included.
     """
     block = [1, shape.chunk_size, 1, triton.next_power_of_2(shape.head_dim)]
-    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
-    attend_kernel[(tiles, shape.batch * shape.kv_heads)](
+    attend_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         q,
         TensorDescriptor.from_tensor(k, block),
         TensorDescriptor.from_tensor(v, block),
@@ -90,7 +89,7 @@ def attend_kernel(
     BLOCK_DIM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a tile, the longest histories first. Logits are in units of log 2: scale and prior contain log2 e."""
+    """One program a tile, the longest histories first. Logits are in units of log 2: scale and prior hold log2 e."""
     ROWS: tl.constexpr = TILE * PADDED_GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
@@ -106,8 +105,8 @@ def attend_kernel(
     q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
     q_rows += (kv_head * GROUP + head) * q_head_stride
     q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim[None, :], other=0.0)
-    # Changes nothing but the compiler's mind: what comes straight from a load it feeds to the matrix units through shared
-    # memory, whose bandwidth limits this kernel; what was computed stays in registers.
+    # Changes nothing but the compiler's mind: what comes straight from a load it feeds to the matrix units through
+    # shared memory, whose bandwidth limits this kernel; what was computed stays in registers.
     q = tl.where(is_real[:, None], q, 0.0)
 
     # The own chunk: causal, no prior. Every row sees at least its own key, so the maximum is finite from here on.

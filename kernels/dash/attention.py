@@ -1,5 +1,6 @@
 """The public function: checks its arguments and hands them to a backend."""
 
+import os
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def dash_attention(
         query_starts: q is this many equal pieces; piece i stands at positions query_starts[i], +1, ... of the row.
         support: bool [batch, heads, q_len, ceil(seq / chunk_size)], the chunks of positive probability as another
             backend found them, in place of finding them (reference only; for comparisons).
-        backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; no gradient yet) or "auto":
-            triton on CUDA when no gradient is needed, else reference.
+        backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; no gradient yet; head_dim a
+            multiple of 16 up to 256, chunk_size 16, 32, 64 or 128) or "auto": triton on CUDA where it can, else
+            reference.
         return_stats: return (out, DashStats).
 
     Returns: [batch, q_len, heads, head_dim] in q's type; with return_stats also the statistics.
@@ -54,18 +56,48 @@ def dash_attention(
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_positions(q, k, chunk_size, document_starts, query_starts, support)
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ValueError("backend='triton' of dash_attention is not built yet: use backend='reference'")
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     if document_starts is None:
         document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
-    out, stats = dash_attention_reference(
-        q,
-        k,
-        v,
-        chunk_query,
-        config=DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature),
-        document_starts=document_starts,
-        query_starts=query_starts,
-        support=support,
-    )
+    obstacle = triton_obstacle(q, k, v, chunk_query, chunk_size=chunk_size, support=support)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
+    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
+        from dash_train.kernels.dash.forward import dash_attention_triton  # triton, which only this backend needs
+
+        out, stats = dash_attention_triton(
+            q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
+        )
+    else:
+        out, stats = dash_attention_reference(
+            q,
+            k,
+            v,
+            chunk_query,
+            config=config,
+            document_starts=document_starts,
+            query_starts=query_starts,
+            support=support,
+        )
     return (out, stats) if return_stats else out
+
+
+def triton_obstacle(
+    q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *, chunk_size: int, support: Tensor | None
+) -> str | None:
+    """Why the Triton kernels cannot run this call; None if they can."""
+    head_dim = q.shape[-1]
+    types = {torch.bfloat16, torch.float16, torch.float32} if q.is_cuda else {torch.float16, torch.float32}
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs CUDA tensors, or TRITON_INTERPRET=1 set before the start"
+    if q.dtype not in types:
+        return f"does not compute in {q.dtype} on {q.device.type}"
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}"
+    if chunk_size not in (16, 32, 64, 128):
+        return f"needs a chunk_size of 16, 32, 64 or 128, not {chunk_size}"
+    if support is not None:
+        return "finds its own support"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, chunk_query)):
+        return "has no gradient yet"
+    return None

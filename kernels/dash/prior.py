@@ -30,10 +30,9 @@ def new_prior(shape: Shape, device: torch.device) -> Prior:
 def prior_segment(
     config: DashConfig, shape: Shape, segment: Segment, lists: Lists, routing: Routing, out: Prior
 ) -> None:
-    """Turns pbar of one segment's lists into b_c log2(e), -inf where a token is not routed; writes its tokens of `out`."""
+    """Turns the pbar of one segment's lists into b_c log2(e), -inf outside R; writes its tokens of `out`."""
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
-    prior_kernel[(tiles, shape.batch * shape.kv_heads)](
+    prior_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         lists.prior,
         routing.union_chunks,
         *out,
@@ -42,7 +41,7 @@ def prior_segment(
         segment.row,
         segment.tokens,
         segment.tile,
-        segment.width,
+        segment.chunks,
         LOG2_E / temperature,
         PBAR_MIN,
         TILE=shape.tile_tokens,

@@ -1,13 +1,13 @@
 """Stage 1 in Triton: which chunks each token is routed to, and with what probability.
 
-A program owns one tile (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS eligible chunks they
-stay in registers. With more, the threshold of a sample of the chunks, which is never above that of all of them, tells in
-one pass which chunks can matter to any row; their scores, usually a tenth of all, are computed again in every later pass.
+A program owns one tile (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS eligible chunks
+they stay in registers. With more, a sample of the chunks comes first: its threshold is never above that of all chunks,
+so one pass finds those that can matter to any row, usually a tenth, and the later passes compute only their scores.
 
-The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and falling,
-so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes back below it
-from above: no bracket is needed. N rather than N^2, because far from the solution N is close to linear. From -1/2 it takes
-3 to 7 steps, whatever the scores and their number.
+The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and
+falling, so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes
+back below it from above: no bracket is needed. N rather than N^2, because far from the solution N is close to linear.
+From -1/2 it takes 3 to 7 steps, whatever the scores and their number.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.tiles import RESIDENT_CHUNKS, Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape
 
 STREAMED_WIDTH = 256  # chunks in the sample, and in a block of a pass, beyond RESIDENT_CHUNKS
 MAX_STEPS = tl.constexpr(16)
@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
     """Routing's outputs, not yet written."""
     per_head = (shape.batch, shape.heads, shape.q_len)
-    per_tile = (shape.batch, shape.kv_heads, pieces * triton.cdiv(shape.q_len // pieces, shape.tile_tokens))
+    per_tile = (shape.batch, shape.kv_heads, pieces * shape.tiles(shape.q_len // pieces))
     return Routing(
         tau=torch.empty(per_head, device=device),
         row_max=torch.empty(per_head, device=device),
@@ -64,10 +64,9 @@ def route_segment(
     document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_len, chunks] of zeros, if it is wanted:
     the chunks of positive probability are marked in it.
     """
-    resident = segment.width <= RESIDENT_CHUNKS
-    width = segment.width if resident else STREAMED_WIDTH
-    tiles = triton.cdiv(segment.tokens, shape.tile_tokens)
-    route_kernel[(tiles, shape.batch * shape.kv_heads)](
+    resident = segment.chunks <= RESIDENT_CHUNKS
+    width = max(MIN_WIDTH, triton.next_power_of_2(segment.chunks)) if resident else STREAMED_WIDTH
+    route_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         q,
         parts,
         document_starts,
@@ -295,7 +294,7 @@ def _scores(
     BLOCK_DIM: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """z [ROWS, WIDTH] of the chunks `chunk` [WIDTH], counted from the first eligible: scale * q.ktilde, -inf past the last."""
+    """scale * q.ktilde [ROWS, WIDTH] of the chunks `chunk` [WIDTH], from the first eligible; -inf past the last."""
     is_eligible = chunk < eligible
     part_rows += chunk.to(tl.int64) * KV_HEADS * HEAD_DIM
     dim = tl.arange(0, BLOCK_DIM)
@@ -312,7 +311,7 @@ def _scores(
 
 @triton.jit
 def _threshold(z, count, ROWS: tl.constexpr):
-    """tau [ROWS] of the scores z [ROWS, .] relative to their maximum, `count` of them finite; and the worst |sum p - 1|."""
+    """tau [ROWS] of z [ROWS, .], relative to its maximum, `count` of a row finite; and the worst |sum p - 1|."""
     highest = -1.0 / tl.sqrt(count.to(tl.float32))  # tau of equal scores
     tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
     residual = 1.0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Summaries of the chunks of k [batch, seq, kv_heads, head_dim]: ktilde_c = sum_j softmax_j(w.k_j / sqrt(head_dim)) k_j.
+    """ktilde_c = sum_j softmax_j(w.k_j / sqrt(head_dim)) k_j of the chunks of k [batch, seq, kv_heads, head_dim].
 
     Returns the summaries [batch, chunks, kv_heads, head_dim] in fp32, and the same in k's type as a sum of parts
     [parts, batch, chunks, kv_heads, head_dim]: high and low half for 16-bit keys (one rounding alone would move chunks

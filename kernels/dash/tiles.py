@@ -1,9 +1,9 @@
-"""How query rows are cut for the kernels: tiles of tokens, and segments of tiles that share one workspace of lists.
+"""How query rows are cut for the kernels: into tiles, and into segments of tiles that share one workspace of lists.
 
-A tile is `tile_tokens` consecutive query tokens with all heads of their group, 64 rows of the matrix products. It lies in
-one chunk, so its tokens have the same own chunk and the same eligible chunks. For each tile routing writes the list of the
-chunks that any of its tokens is routed to, with every token's log-prior. A list is as long as the tile's history allows,
-whatever the density; the whole sequence's lists would be quadratic in memory, so queries are walked in segments.
+A tile is `tile_tokens` consecutive query tokens with all heads of their group, at most 64 rows of the matrix products.
+It lies in one chunk, so its tokens have the same own chunk and the same eligible chunks. For each tile routing writes
+the list of the chunks that any of its tokens is routed to. A list has room for the tile's whole history, so no density
+overflows it; lists of all tiles at once would be quadratic in memory, hence the segments.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 TILE_ROWS = 64  # the rows of one warpgroup's matrix instruction
-RESIDENT_CHUNKS = 512  # up to so many chunks a tile's routing scores fit into registers
+RESIDENT_CHUNKS = 512  # the scores of so many chunks fit into a program's registers
 MIN_WIDTH = 64
-WORKSPACE_BYTES = 2**29  # the lists of one segment take at most this (but at least one chunk of queries')
+WORKSPACE_BYTES = 2**29  # the lists of one segment take at most this, or what one chunk of queries needs
 
 
 class Shape(NamedTuple):
@@ -36,81 +36,79 @@ class Shape(NamedTuple):
 
     @property
     def padded_group(self) -> int:
-        """Rows a token takes in a tile: the group, filled up to a power of two."""
-        return triton.next_power_of_2(self.group)
+        """The rows a token takes in a tile: its group, filled up to a power of two."""
+        return int(triton.next_power_of_2(self.group))
 
     @property
     def tile_tokens(self) -> int:
         return max(1, min(self.chunk_size, TILE_ROWS // self.padded_group))
 
+    def tiles(self, tokens: int) -> int:
+        """Tiles of so many consecutive queries, in one KV head of one row."""
+        return -(-tokens // self.tile_tokens)
+
 
 class Segment(NamedTuple):
-    """Consecutive query rows of one piece."""
+    """Consecutive queries of one piece."""
 
-    row: int  # first row of q
-    position: int  # its position in the sequence
+    row: int  # of q, the first
+    position: int  # of that row in the sequence
     tokens: int
-    tile: int  # its tile, counted over all pieces
-    width: int  # upper bound of the chunks that one of its tokens may be routed to, a power of two
+    tile: int  # number of the first tile, all pieces counted
+    chunks: int  # an upper bound of what a query of the segment can be routed to
 
 
 class Lists(NamedTuple):
-    """What one segment's tiles attend to. Entry i of a tile is read only when i < length; lengths live with the statistics."""
+    """What each tile of one segment attends to. The lengths are Routing.union_chunks; past them nothing is written."""
 
-    chunks: Tensor  # [batch * kv_heads, tiles, capacity] int32, ascending
-    prior: Tensor  # [batch * kv_heads, tiles, capacity, tile_tokens] fp32: pbar, then the log-prior in its place
+    chunks: Tensor  # [batch * kv_heads, tiles, segment.chunks] int32, ascending
+    prior: Tensor  # [batch * kv_heads, tiles, segment.chunks, tile_tokens] fp32: pbar, later the log-prior in its place
 
 
 def segments(shape: Shape, query_starts: tuple[int, ...]) -> Iterator[Segment]:
-    """Cuts each piece of q where the width doubles, and further so that every segment's lists fit into the workspace."""
+    """Cuts each piece of q so that every segment's lists fit into the workspace, and where history doubles.
+
+    The latter up to RESIDENT_CHUNKS: routing keeps a power of two of scores per query in registers.
+    """
     piece = shape.q_len // len(query_starts)
     for i, start in enumerate(query_starts):
         done = 0
         while done < piece:
             position = start + done
+            tokens = piece - done
             width = max(MIN_WIDTH, triton.next_power_of_2(position // shape.chunk_size + 1))
-            tokens = min(piece - done, width * shape.chunk_size - position)
-            if width > RESIDENT_CHUNKS:  # width no longer decides which kernel runs: cut by memory alone
-                tokens = piece - done
-                width = triton.next_power_of_2(triton.cdiv(start + piece, shape.chunk_size))
-            tokens = min(tokens, _tokens_in_workspace(shape, width))
-            tile = (i * triton.cdiv(piece, shape.tile_tokens)) + done // shape.tile_tokens
-            yield Segment(i * piece + done, position, tokens, tile, width)
+            if width <= RESIDENT_CHUNKS:
+                tokens = min(tokens, width * shape.chunk_size - position)
+            tokens = min(tokens, _tokens_in_workspace(shape, -(-(position + tokens) // shape.chunk_size)))
+            chunks = -(-(position + tokens) // shape.chunk_size)
+            yield Segment(i * piece + done, position, tokens, i * shape.tiles(piece) + shape.tiles(done), chunks)
             done += tokens
 
 
 def workspace_bytes(shape: Shape, query_starts: tuple[int, ...] = (0,)) -> int:
-    """Bytes of the lists that a call allocates: known before anything is routed, reached at no density."""
-    return max(_tiles(shape, s.tokens) * _bytes_per_tile(shape, s.width) for s in segments(shape, query_starts))
+    """Bytes of the lists that a call allocates: known before anything is routed, and enough at any density."""
+    return max(
+        shape.batch * shape.kv_heads * shape.tiles(segment.tokens) * _list_bytes(shape, segment.chunks)
+        for segment in segments(shape, query_starts)
+    )
 
 
-def new_lists(shape: Shape, query_starts: tuple[int, ...], device: torch.device) -> list[tuple[Segment, Lists]]:
-    """The segments, each with its lists; all of them are views of one workspace, so one segment is finished before the next."""
+def new_lists(shape: Shape, query_starts: tuple[int, ...], device: torch.device) -> Iterator[tuple[Segment, Lists]]:
+    """Every segment with its lists: views of one workspace, so a segment is finished before the next is begun."""
     workspace = torch.empty(workspace_bytes(shape, query_starts) // 4, dtype=torch.int32, device=device)
-    result = []
     for segment in segments(shape, query_starts):
-        entries = (
-            shape.batch * shape.kv_heads,
-            _tiles(shape, segment.tokens) // (shape.batch * shape.kv_heads),
-            segment.width,
-        )
-        count = entries[0] * entries[1] * entries[2]
-        chunks = workspace[:count].view(entries)
-        prior = workspace[count : count * (1 + shape.tile_tokens)].view(torch.float32).view(*entries, shape.tile_tokens)
-        result.append((segment, Lists(chunks, prior)))
-    return result
+        size = (shape.batch * shape.kv_heads, shape.tiles(segment.tokens), segment.chunks)
+        entries = size[0] * size[1] * size[2]
+        prior = workspace[entries : entries * (1 + shape.tile_tokens)].view(torch.float32)
+        yield segment, Lists(workspace[:entries].view(size), prior.view(*size, shape.tile_tokens))
 
 
-def _tiles(shape: Shape, tokens: int) -> int:
-    return shape.batch * shape.kv_heads * triton.cdiv(tokens, shape.tile_tokens)
+def _list_bytes(shape: Shape, chunks: int) -> int:
+    """Bytes of one tile's list: a chunk number and a float per token in every entry."""
+    return 4 * chunks * (1 + shape.tile_tokens)
 
 
-def _bytes_per_tile(shape: Shape, width: int) -> int:
-    return 4 * width * (1 + shape.tile_tokens)
-
-
-def _tokens_in_workspace(shape: Shape, width: int) -> int:
-    """Whole chunks of queries whose lists fit into WORKSPACE_BYTES, at least one."""
-    tiles_per_chunk = _tiles(shape, shape.chunk_size)
-    chunks = WORKSPACE_BYTES // (tiles_per_chunk * _bytes_per_tile(shape, width))
-    return max(1, chunks) * shape.chunk_size
+def _tokens_in_workspace(shape: Shape, chunks: int) -> int:
+    """Whole chunks of queries whose lists fit into WORKSPACE_BYTES; at least one."""
+    chunk_bytes = shape.batch * shape.kv_heads * shape.tiles(shape.chunk_size) * _list_bytes(shape, chunks)
+    return max(1, WORKSPACE_BYTES // chunk_bytes) * shape.chunk_size

@@ -1,0 +1,89 @@
+"""Cases for the Triton kernels of DashAttention, and how one is compared with the reference."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_train.kernels.dash import DashStats, dash_attention
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "head_dim": (32, 64, 96, 128, 256),
+    "group": (1, 2, 4, 6, 8, 16, 32),
+    "chunk_size": (16, 32, 64, 128),
+    "normalizer": ("geometric_mean", "none", "peak"),
+    "documents": (False, True),
+    "ragged": (False, True),
+}
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 2e-5}
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 32
+    group: int = 2
+    chunk_size: int = 16
+    normalizer: str = "geometric_mean"
+    documents: bool = False
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        flags = "-documents" * self.documents + "-ragged" * self.ragged
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind}-D{self.head_dim}-G{self.group}-C{self.chunk_size}-{self.normalizer}{flags}"
+
+
+def grid() -> list[Case]:
+    return [Case(*values) for values in itertools.product(*VALUES.values())]
+
+
+def covering_array() -> list[Case]:
+    """Few cases in which every pair of values of two different parameters occurs: the next one always adds the most."""
+
+    def pairs(case: Case) -> set[tuple[Any, ...]]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    candidates = grid()
+    missing = set().union(*map(pairs, candidates))
+    chosen = []
+    while missing:
+        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def call(
+    case: Case, chunks: int, device: str, kv_heads: int = 2, batch: int = 2
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Random tensors and the arguments of dash_attention; about `chunks` chunks a row."""
+    seq = chunks * case.chunk_size - (case.chunk_size // 2 + 3 if case.ragged else 0)
+    starts = torch.zeros(batch, seq, dtype=torch.int32, device=device)
+    if case.documents:
+        for row, first in enumerate((2 * case.chunk_size, (chunks - 3) * case.chunk_size)):
+            starts[row, first:] = first
+    shapes = [(batch, seq, heads, case.head_dim) for heads in (case.group * kv_heads, kv_heads, kv_heads)]
+    tensors = [torch.randn(shape, device=device).to(case.dtype) for shape in (*shapes, (kv_heads, case.head_dim))]
+    options = {
+        "chunk_size": case.chunk_size,
+        "routing_scale": 12.0,
+        "prior_normalizer": case.normalizer,
+        "prior_temperature": 1.5,
+        "document_starts": starts,
+    }
+    return tensors, options
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected||."""
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def error_against_reference(tensors: list[Tensor], options: dict[str, Any]) -> tuple[float, DashStats, DashStats]:
+    """Of Triton's output against the float64 reference on Triton's own support; both backends' statistics."""
+    out, stats = dash_attention(*tensors, **options, backend="triton", return_stats=True)
+    exact = [t.double() for t in tensors]
+    expected, truth = dash_attention(*exact, **options, backend="reference", support=stats.support(), return_stats=True)
+    return relative_error(out, expected), stats, truth

@@ -1,0 +1,120 @@
+"""The Triton forward pass in Triton's interpreter, on the CPU and tiny inputs. On a GPU: test_dash_triton_gpu.py."""
+
+import pytest
+import torch
+from dash_cases import TOLERANCE, Case, call, error_against_reference
+
+from dash_train.kernels.dash import dash_attention
+from dash_train.kernels.dash.tiles import Shape, segments, workspace_bytes
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on the CPU"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+CASES = [
+    Case(group=4, ragged=True),
+    Case(group=6, head_dim=48, chunk_size=32, normalizer="peak", documents=True),
+    Case(group=16, head_dim=64, normalizer="none", documents=True, ragged=True),
+    Case(group=1, chunk_size=128, ragged=True),
+    Case(group=2, dtype=torch.float16),
+]
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 4 chunks' scores were all that fits into registers."""
+    for module in ("tiles", "routing"):
+        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.RESIDENT_CHUNKS", 4)
+        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.MIN_WIDTH", 4)
+    monkeypatch.setattr("dash_train.kernels.dash.routing.STREAMED_WIDTH", 8)
+
+
+def check(case: Case, chunks: int, last_chunk_only: bool = False) -> None:
+    (q, *others), options = call(case, chunks, "cpu")
+    if last_chunk_only:
+        start = (chunks - 1) * case.chunk_size
+        q, options["query_starts"] = q[:, start:], (start,)
+    error, stats, truth = error_against_reference([q, *others], options)
+    assert error < TOLERANCE[case.dtype]
+    assert stats.residual <= 1e-6
+    assert torch.equal(stats.active_chunks, truth.active_chunks)
+    assert torch.equal(stats.eligible_chunks, truth.eligible_chunks)
+    routed = truth.active_chunks[:, :, None].expand(-1, -1, case.group, -1).flatten(1, 2) > 0
+    torch.testing.assert_close(stats.tau[routed].double(), truth.tau[routed], rtol=0, atol=4e-6)  # of z about 10
+    torch.testing.assert_close(stats.row_max[routed].double(), truth.row_max[routed], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.normalizer.double(), truth.normalizer, rtol=1e-4, atol=1e-3)
+    if stats.tile == truth.tile:
+        assert torch.equal(stats.union_chunks, truth.union_chunks)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case):
+    check(case, chunks=6)
+
+
+def test_scores_computed_again_equal_the_reference(streamed):
+    check(Case(group=8, head_dim=16, documents=True, ragged=True), chunks=30, last_chunk_only=True)
+
+
+def test_pieces_equal_the_rows_of_the_whole_call():
+    (q, k, v, w), options = call(Case(group=4), 8, "cpu")
+    whole = dash_attention(q, k, v, w, **options, backend="triton")
+    pieces = torch.cat([q[:, 32:64], q[:, 96:128]], 1)
+    out = dash_attention(pieces, k, v, w, **options, query_starts=(32, 96), backend="triton")
+    assert torch.equal(out, torch.cat([whole[:, 32:64], whole[:, 96:128]], 1))
+
+
+def test_segments_change_nothing(monkeypatch):
+    tensors, options = call(Case(group=4), 8, "cpu")
+    whole = dash_attention(*tensors, **options, backend="triton")
+    monkeypatch.setattr("dash_train.kernels.dash.tiles.WORKSPACE_BYTES", 4000)
+    assert torch.equal(dash_attention(*tensors, **options, backend="triton"), whole)
+
+
+@pytest.mark.parametrize("query_starts", [(0,), (0, 65536), (4096, 131072)])
+def test_segments_cover_every_query_once_within_the_workspace(query_starts):
+    q_len = 100_003 * len(query_starts)
+    shape = Shape(batch=1, q_len=q_len, seq=300_000, heads=32, kv_heads=2, head_dim=128, chunk_size=64)
+    cut = list(segments(shape, query_starts))
+    assert [s.row for s in cut] == [sum(s.tokens for s in cut[:i]) for i in range(len(cut))]
+    assert sum(s.tokens for s in cut) == q_len
+    assert all((s.position + s.tokens - 1) // 64 < s.chunks for s in cut)
+    assert workspace_bytes(shape, query_starts) <= 2**29
+
+
+def test_strided_inputs():
+    (q, k, v, w), options = call(Case(group=4), 4, "cpu")
+    expected = dash_attention(q, k, v, w, **options, backend="triton")
+    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(dash_attention(*transposed, w, **options, backend="triton"), expected)
+    unaligned = [torch.cat([t, t], -1)[..., 1:][..., :32] for t in (q.roll(1, -1), k.roll(1, -1), v.roll(1, -1))]
+    assert torch.equal(dash_attention(*unaligned, w, **options, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1])
+def test_nearly_equal_scores(spread):
+    """512 chunks, z about 8: the threshold is relative to the row maximum, else it would lose four digits."""
+    k = torch.randn(1, 512 * 16 + 16, 1, 16)
+    k[..., 0] = 1.0
+    q = torch.randn(1, 16, 4, 16) * spread * 16
+    q[..., 0] = 64.0
+    options = {"chunk_size": 16, "query_starts": (512 * 16,), "backend": "triton", "return_stats": True}
+    _, stats = dash_attention(q, k, k, torch.zeros(1, 16), **options)
+    assert (stats.row_max > 7.5).all()
+    assert stats.residual <= 1e-6
+    assert stats.active_chunks.min() > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "does not compute in torch.bfloat16 on cpu"),
+        ({"head_dim": 40}, "needs a head_dim that is a multiple of 16"),
+        ({"chunk_size": 8}, "needs a chunk_size of 16, 32, 64 or 128, not 8"),
+    ],
+)
+def test_what_it_cannot_do_is_one_clear_line(change, message):
+    tensors, options = call(Case()._replace(**change), 4, "cpu")
+    with pytest.raises(ValueError, match=message):
+        dash_attention(*tensors, **options, backend="triton")
