@@ -17,6 +17,7 @@ install: .venv/installed
 
 pretrain: install  ## tokenizer, training, checkpoint, metrics, figure, export, sample: a few minutes on 2 CPU cores
 	$(BIN)/deepspeed --num_accelerators 1 --master_port $(FREE_PORT) launch/pretrain.py recipes/quickstart.yaml
+	rm -rf $(EXPORT)
 	$(BIN)/python launch/export.py $(RUN) $(EXPORT)
 	$(BIN)/python launch/generate.py $(EXPORT) --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
 

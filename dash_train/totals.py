@@ -21,7 +21,7 @@ class Totals:
     def add(self, outputs: dict[str, Tensor], tokens: int, text_bytes: int = 0) -> None:
         """Add one micro-batch: the model's outputs, its counted tokens and the bytes of text they stand for."""
         self.loss += outputs["loss"].detach()
-        self.counts += torch.tensor([tokens, text_bytes], dtype=torch.float64)
+        self.counts += torch.tensor([tokens, text_bytes], dtype=torch.float64, device=self.counts.device)
         self.routing += torch.stack([outputs[name] for name in SUMS])
         self.residual = torch.maximum(self.residual, outputs["residual"])
 
