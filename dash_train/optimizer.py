@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Chosen by name, since ZeRO-3 flattens the shapes.
     """
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (keep if any(word in name for word in NO_DECAY) else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
@@ -47,13 +48,13 @@ class GuardedAdamW(torch.optim.AdamW):
     overflow = False
     _global_grad_norm: torch.Tensor | None = None
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = norm
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
-            return
+            return None
         if self.grad_clip:
             torch._foreach_mul_(gradients, torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0))
-        super().step()
+        return super().step(closure)

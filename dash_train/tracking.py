@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:
     if mode == "auto":
         mode = "online" if wandb.api.api_key else "offline"
     id_file = run_dir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
     id_file.write_text(run_id)
     return wandb.init(
         project=recipe.tracking.project,

@@ -226,8 +226,9 @@ class Trainer:
     def _calibrate(self) -> None:
         """Settle `routing_scale: auto`. Every rank looks at the run's first rows, and so finds the same scales."""
         rows = self.recipe.train.micro_batch_size
-        first = next(step_batches(self.training_rows, global_batch_size=rows, micro_batch_size=rows, rank=0, world=1))
-        inputs = self._to_device(first.micro_batches[0])
+        batches = step_batches(self.training_rows, global_batch_size=rows, micro_batch_size=rows, rank=0, world=1)
+        with closing(batches):
+            inputs = self._to_device(next(batches).micro_batches[0])
         scales = calibrate_routing_scale(
             self.engine.module, inputs["tokens"], inputs["document_starts"], inputs["real"]
         )

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -158,7 +158,7 @@ class StepBatch:
 
 def step_batches(
     dataset: RowDataset, *, global_batch_size: int, micro_batch_size: int, rank: int, world: int, start_step: int = 0
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch, None, None]:
     """Yield the batches of step `start_step`, `start_step` + 1, ... without end, made ahead in a background thread.
 
     Step s holds the rows at indices s * global_batch_size onwards; `rank` and `world` count data-parallel ranks and
@@ -180,7 +180,7 @@ def step_batches(
         rows = [dataset.row_id(first + i) for i in range(global_batch_size)]
         return StepBatch(step, dataset.locate(first)[0], rows, micro_batches)
 
-    def run() -> Iterator[StepBatch]:
+    def run() -> Generator[StepBatch, None, None]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         try:
             ahead = deque(thread.submit(make, start_step + i) for i in range(STEPS_AHEAD))
