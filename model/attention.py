@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dash_train.kernels.dash import (
@@ -15,6 +14,7 @@ from dash_train.kernels.dash import (
 )
 from dash_train.model.cache import LayerCache
 from dash_train.model.config import ModelConfig
+from dash_train.model.full_attention import BlockMask, full_attention
 from dash_train.model.layers import Linear
 from dash_train.model.rotary import apply_rotary
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention output `[batch, seq, hidden_size]` and STATISTICS `[5]` fp32 (zeros but for Dash layers).
@@ -122,7 +122,7 @@ class Attention(nn.Module):
             summaries = chunk_summaries(k, self.chunk_query, chunk_size=self.config.attention.chunk_size)
             cache.summaries[:, : summaries.shape[1]] = summaries
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: LayerCache) -> Tensor:
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, cache: LayerCache) -> Tensor:
         """Store the new token's key and value, `[batch, 1, kv_heads, head_dim]`, and attend to all of the row."""
         row = torch.arange(len(k), device=k.device)
         cache.keys[row, cache.lengths - 1] = k[:, 0]
@@ -133,21 +133,3 @@ class Attention(nn.Module):
         update_summaries(cache.keys, cache.summaries, cache.lengths, self.chunk_query, chunk_size=chunk_size)
         out = dash_decode(q[:, 0], cache.keys, cache.values, cache.summaries, cache.lengths, **self._routing())
         return out[:, None]
-
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q `[batch, seq, heads, head_dim]` over k, v; causal where the bool mask is None."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
-
-
-def document_mask(document_starts: Tensor) -> Tensor:
-    """Who sees whom in packed rows, bool `[batch, 1, seq, seq]`: no later token, none before one's own document."""
-    index = torch.arange(document_starts.shape[1], device=document_starts.device)
-    return ((index <= index[:, None]) & (index >= document_starts[..., None]))[:, None]
-
-
-def cache_mask(lengths: Tensor, capacity: int) -> Tensor:
-    """The cached tokens of rows of `lengths` `[batch]`, bool `[batch, 1, 1, capacity]`."""
-    return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_train.model.config import ModelConfig, RopeScaling
+from dash_train.model.fusion import fused_on_cuda
 
 
 def rotary_frequencies(
@@ -55,6 +56,7 @@ def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
     return angles.cos() * factor, angles.sin() * factor
 
 
+@fused_on_cuda
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the heads `[batch, seq, heads, head_dim]`, computed in fp32, returned in x's dtype."""
     first, second = x.float().chunk(2, dim=-1)

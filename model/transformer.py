@@ -10,12 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_train.model.attention import STATISTICS, Attention, cache_mask, document_mask
+from dash_train.model.attention import STATISTICS, Attention
 from dash_train.model.cache import Cache, LayerCache
 from dash_train.model.config import ModelConfig
+from dash_train.model.full_attention import BlockMask, cache_mask, document_mask
+from dash_train.model.fusion import fused_on_cuda
 from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
 from dash_train.model.rotary import rotary_tables
+
+MLP_TOKENS = 131072  # of a row that go through the MLP together
+
+
+@fused_on_cuda
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -28,7 +38,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_size, config.hidden_size, config.init_std / (2 * config.layers) ** 0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class Block(nn.Module):
@@ -47,14 +57,22 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics."""
         normed = self.input_layernorm(hidden)
         attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), statistics
+        return hidden + self._mlp(self.post_attention_layernorm(hidden)), statistics
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        """A very long row goes through the MLP in pieces, computed again in the backward pass: its wide intermediates
+        never stand in memory for the whole row."""
+        pieces = hidden.split(MLP_TOKENS, dim=1)
+        if len(pieces) == 1:
+            return self.mlp(hidden)
+        return torch.cat([checkpoint(self.mlp, piece, use_reentrant=False) for piece in pieces], dim=1)
 
 
 class Transformer(nn.Module):
@@ -82,7 +100,7 @@ class Transformer(nn.Module):
         With a cache, only the hidden state of each row's last real token, `[batch, 1, hidden_size]`.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        mask = None
+        mask: Tensor | BlockMask | None = None
         if document_starts is not None:
             positions = positions - document_starts
             mask = document_mask(document_starts) if self.has_full_layers else None
@@ -103,7 +121,7 @@ class Transformer(nn.Module):
                 hidden, layer_statistics = block(*inputs)
             statistics.append(layer_statistics)
         if cache is not None and tokens.shape[1] > 1:
-            hidden = hidden[torch.arange(len(tokens)), cache.lengths - 1][:, None]
+            hidden = hidden[torch.arange(len(tokens), device=tokens.device), cache.lengths - 1][:, None]
         return self.norm(hidden), torch.stack(statistics)
 
 

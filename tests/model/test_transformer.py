@@ -47,15 +47,25 @@ def test_cross_entropy_in_chunks_equals_plain() -> None:
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
 
 
+def gradients(model: LanguageModel) -> list[torch.Tensor]:
+    tokens = torch.arange(48)[None]
+    model(tokens, labels=tokens.roll(-1))["loss"].backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
 @pytest.mark.parametrize("attention", ["full", "dash"])
 def test_activation_checkpointing_changes_no_gradient(attention: str, tiny_model: Build) -> None:
-    tokens = torch.randint(64, (1, 48))
-    gradients = []
-    for activation_checkpointing in ("none", "full"):
-        model = tiny_model(attention, activation_checkpointing)
-        model(tokens, labels=tokens.roll(-1))["loss"].backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    plain, checkpointed = (gradients(tiny_model(attention, kind)) for kind in ("none", "full"))
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
+def test_mlp_in_pieces_changes_no_gradient(
+    activation_checkpointing: str, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradients(tiny_model())
+    monkeypatch.setattr("dash_train.model.transformer.MLP_TOKENS", 20)
+    torch.testing.assert_close(gradients(tiny_model("full", activation_checkpointing)), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_meta_construction_then_initialize_equals_direct() -> None:
