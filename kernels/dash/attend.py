@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_train.kernels.dash.prior import LOG2_E
+from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.routing import Routing
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 

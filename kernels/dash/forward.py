@@ -1,4 +1,4 @@
-"""The forward pass of DashAttention in Triton: summaries, then routing, prior and attention segment by segment."""
+"""The forward pass of DashAttention in Triton: summaries, then routing, lists and attention segment by segment."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dash_train.kernels.dash.attend import attend_segment
-from dash_train.kernels.dash.prior import Prior, new_prior, prior_segment
+from dash_train.kernels.dash.lists import Prior, list_segment, new_prior
 from dash_train.kernels.dash.routing import Routing, new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.stats import DashStats
@@ -83,7 +83,7 @@ def dash_forward(
     lse = torch.empty_like(routing.tau)
     for segment, lists in new_lists(shape, query_starts, q.device):
         route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
-        prior_segment(config, shape, segment, lists, routing, prior)
+        list_segment(config, shape, segment, lists, routing, prior)
         attend_segment(q, k, v, shape, segment, lists, routing, out, lse)
     return Forward(out, lse, summaries, routing, prior)
 

@@ -1,8 +1,9 @@
-"""Stage 1 in Triton: which chunks each token is routed to, and with what probability.
+"""Stage 1 in Triton: thresholds, and for every tile the chunks its tokens may be routed to, with their probabilities.
 
 A program owns one tile (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS eligible chunks
-they stay in registers. With more, a sample of the chunks comes first: its threshold is never above that of all chunks,
-so one pass finds those that can matter to any row, usually a tenth, and the later passes compute only their scores.
+they stay in registers, and all chunks are candidates. With more, a sample of the chunks comes first: its threshold is
+never above that of all chunks, so one pass finds the candidates, those that can matter to any row. They are usually a
+tenth of all, and only their scores are computed again.
 
 The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and
 falling, so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes
@@ -20,7 +21,7 @@ from torch import Tensor
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape
 
-STREAMED_WIDTH = 256  # chunks in the sample, and in a block of a pass, beyond RESIDENT_CHUNKS
+STREAMED_WIDTH = 256  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
 MAX_STEPS = tl.constexpr(16)
 TOLERANCE = tl.constexpr(1e-6)  # on |sum p - 1|
 SLACK = tl.constexpr(1e-5)  # how far below a sample's threshold a chunk may lie and is still kept: covers rounding
@@ -31,7 +32,7 @@ class Routing(NamedTuple):
 
     tau: Tensor  # [batch, heads, q_len], relative to row_max
     row_max: Tensor  # [batch, heads, q_len], of z; 0 where nothing is eligible
-    union_chunks: Tensor  # [batch, kv_heads, tiles] int32: the lengths of the lists
+    union_chunks: Tensor  # [batch, kv_heads, tiles] int32: the lengths of the lists; at first, of the candidates
     residual: Tensor  # [batch, kv_heads, tiles]: worst |sum p - 1| of a tile
 
 
@@ -58,7 +59,7 @@ def route_segment(
     out: Routing,
     support: Tensor | None = None,
 ) -> None:
-    """Routes the queries of one segment: writes its rows of `out`, and the chunks and pbar of `lists`.
+    """Routes the queries of one segment: writes its rows of `out`, and the candidates with their pbar to `lists`.
 
     q [batch, q_len, heads, head_dim]; parts [parts, batch, chunks, kv_heads, head_dim] of summarize_chunks;
     document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_len, chunks] of zeros, if it is wanted:
@@ -87,11 +88,12 @@ def route_segment(
         TILE=shape.tile_tokens,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
-        BLOCK_DIM=min(64, shape.head_dim & -shape.head_dim),
+        BLOCK_DIM=min(32 if width > 256 else 64, shape.head_dim & -shape.head_dim),
         PARTS=parts.shape[0],
         WIDTH=width,
         RESIDENT=resident,
-        num_warps=8 if width > 128 else 4,
+        STAGES=3 if width > 256 else 2,
+        num_warps=8 if width > 256 else 4,
     )
 
 
@@ -131,6 +133,7 @@ def route_kernel(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program a tile, the longest histories first."""
     ROWS: tl.constexpr = TILE * PADDED_GROUP
@@ -161,159 +164,104 @@ def route_kernel(
         tl.store(residual_ptr + per_tile, 0.0)
         return
 
-    part_rows = parts_ptr + ((batch * row_chunks + first) * KV_HEADS + kv_head) * HEAD_DIM
+    queries = (q_rows, is_real)
+    first_summary = parts_ptr + ((batch * row_chunks + first) * KV_HEADS + kv_head) * HEAD_DIM
+    summaries = (first_summary, KV_HEADS * HEAD_DIM, part_stride, eligible)
     lane = tl.arange(0, WIDTH)
     stride = 1 if RESIDENT else tl.cdiv(eligible, WIDTH)
-    z = _scores(
-        q_rows,
-        is_real,
-        part_rows,
-        part_stride,
-        lane * stride,
-        eligible,
-        scale,
-        ROWS,
-        WIDTH,
-        KV_HEADS,
-        HEAD_DIM,
-        BLOCK_DIM,
-        PARTS,
-    )
+    z = _scores(lane * stride, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
     row_max = tl.max(z, 1)
     z -= row_max[:, None]
-    tau, residual = _threshold(z, tl.cdiv(eligible, stride), ROWS)
-    length = eligible
+    highest = -1.0 / tl.sqrt(tl.cdiv(eligible, stride).to(tl.float32))  # tau of equal scores
+    tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
+    tau, residual = _threshold(z, tau, highest)
+    candidates = eligible
     if not RESIDENT:
         low = row_max + tau - SLACK
-        length = 0
+        candidates = 0
         for block in range(0, eligible, WIDTH):
-            z = _scores(
-                q_rows,
-                is_real,
-                part_rows,
-                part_stride,
-                block + lane,
-                eligible,
-                scale,
-                ROWS,
-                WIDTH,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_DIM,
-                PARTS,
-            )
+            z = _scores(block + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             row_max = tl.maximum(row_max, tl.max(z, 1))
-            is_kept = tl.max((z > low[:, None]).to(tl.int32), 0)
-            tl.store(chunks_ptr + length + tl.cumsum(is_kept, 0) - 1, block + lane, mask=is_kept > 0)
-            length += tl.sum(is_kept, 0)
-        tl.debug_barrier()
+            is_candidate = tl.max((z > low[:, None]).to(tl.int32), 0)
+            tl.store(chunks_ptr + candidates + tl.cumsum(is_candidate, 0) - 1, block + lane, mask=is_candidate > 0)
+            candidates += tl.sum(is_candidate, 0)
+        tl.debug_barrier()  # every thread reads what all have written
 
         highest = -1.0 / tl.sqrt(eligible.to(tl.float32))
         tau = tl.minimum(low - row_max, highest)
-        residual = 1.0
-        steps = 0
-        while (residual > TOLERANCE) & (steps < MAX_STEPS):
-            total = tl.zeros([ROWS], tl.float32)
-            square = tl.zeros([ROWS], tl.float32)
-            for block in range(0, length, WIDTH):
-                chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < length, other=eligible)
-                z = _scores(
-                    q_rows,
-                    is_real,
-                    part_rows,
-                    part_stride,
-                    chunk,
-                    eligible,
-                    scale,
-                    ROWS,
-                    WIDTH,
-                    KV_HEADS,
-                    HEAD_DIM,
-                    BLOCK_DIM,
-                    PARTS,
-                )
-                distance = tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
-                total += tl.sum(distance, 1)
-                square += tl.sum(distance * distance, 1)
-            residual = tl.max(tl.abs(square - 1.0), 0)
-            if residual > TOLERANCE:
-                tau = _newton(tau, total, square, highest)
-            steps += 1
+        if candidates <= WIDTH:
+            chunk = tl.load(chunks_ptr + lane, mask=lane < candidates, other=eligible)
+            z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+            tau, residual = _threshold(z - row_max[:, None], tau, highest)
+        else:
+            residual = 1.0
+            steps = 0
+            while (residual > TOLERANCE) & (steps < MAX_STEPS):
+                total = tl.zeros([ROWS], tl.float32)
+                square = tl.zeros([ROWS], tl.float32)
+                for block in range(0, candidates, WIDTH):
+                    chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < candidates, other=eligible)
+                    z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+                    distance = tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
+                    total += tl.sum(distance, 1)
+                    square += tl.sum(distance * distance, 1)
+                residual = tl.max(tl.abs(square - 1.0), 0)
+                if residual > TOLERANCE:
+                    tau = _newton(tau, total, square, highest)
+                steps += 1
     tl.store(tau_ptr + per_head, tau, mask=is_real)
     tl.store(row_max_ptr + per_head, row_max, mask=is_real)
     tl.store(residual_ptr + per_tile, residual)
+    tl.store(union_ptr + per_tile, candidates)
 
-    union = 0
-    for block in range(0, WIDTH if RESIDENT else length, WIDTH):
-        chunk = block + lane
+    for block in range(0, WIDTH if RESIDENT else candidates, WIDTH):
+        entry = block + lane
+        in_list = entry < candidates
+        chunk = entry
         if not RESIDENT:
-            chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < length, other=eligible)
-            z = _scores(
-                q_rows,
-                is_real,
-                part_rows,
-                part_stride,
-                chunk,
-                eligible,
-                scale,
-                ROWS,
-                WIDTH,
-                KV_HEADS,
-                HEAD_DIM,
-                BLOCK_DIM,
-                PARTS,
-            )
+            chunk = tl.load(chunks_ptr + entry, mask=in_list, other=eligible)
+            z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             z -= row_max[:, None]
-            tl.debug_barrier()  # the list is shortened in place: all of this block is read before any of it is written
         root = tl.where(is_real[:, None], tl.maximum(z - tau[:, None], 0.0), 0.0)
         if support_ptr is not None:
             support = support_ptr + per_head[:, None] * row_chunks + first + chunk[None, :]
-            tl.store(support, root > 0, mask=is_real[:, None] & (chunk < eligible)[None, :])
+            tl.store(support, root > 0, mask=is_real[:, None] & in_list[None, :])
         pbar = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, WIDTH]), 1) / GROUP
-        is_routed = tl.max(pbar, 0) > 0
-        entry = union + tl.cumsum(is_routed.to(tl.int32), 0) - 1
-        tl.store(chunks_ptr + entry, first + chunk, mask=is_routed)
-        tl.store(pbar_ptr + entry[None, :] * TILE + tl.arange(0, TILE)[:, None], pbar, mask=is_routed[None, :])
-        union += tl.sum(is_routed.to(tl.int32), 0)
-    tl.store(union_ptr + per_tile, union)
+        tl.store(chunks_ptr + entry, first + chunk, mask=in_list)
+        tl.store(pbar_ptr + entry[None, :] * TILE + tl.arange(0, TILE)[:, None], pbar, mask=in_list[None, :])
 
 
 @triton.jit
 def _scores(
-    q_rows,
-    is_real,
-    part_rows,
-    part_stride,
     chunk,
-    eligible,
+    queries,
+    summaries,
     scale,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """scale * q.ktilde [ROWS, WIDTH] of the chunks `chunk` [WIDTH], from the first eligible; -inf past the last."""
+    q_rows, is_real = queries
+    first_summary, chunk_stride, part_stride, eligible = summaries
     is_eligible = chunk < eligible
-    part_rows += chunk.to(tl.int64) * KV_HEADS * HEAD_DIM
+    summary_rows = first_summary + chunk.to(tl.int64) * chunk_stride
     dim = tl.arange(0, BLOCK_DIM)
-    z = tl.zeros([ROWS, WIDTH], tl.float32)
+    z = tl.zeros([q_rows.shape[0], chunk.shape[0]], tl.float32)
     STEPS: tl.constexpr = HEAD_DIM // BLOCK_DIM
-    for step in tl.range(0, PARTS * STEPS, num_stages=2):
+    for step in tl.range(0, PARTS * STEPS, num_stages=STAGES):
         start = (step % STEPS) * BLOCK_DIM + dim
         part = (step // STEPS) * part_stride
         q = tl.load(q_rows[:, None] + start[None, :], mask=is_real[:, None], other=0.0)
-        summary = tl.load(part_rows[:, None] + part + start[None, :], mask=is_eligible[:, None], other=0.0)
+        summary = tl.load(summary_rows[:, None] + part + start[None, :], mask=is_eligible[:, None], other=0.0)
         z = tl.dot(q, tl.trans(summary), z, input_precision="ieee")
     return tl.where(is_eligible[None, :], z * scale, float("-inf"))
 
 
 @triton.jit
-def _threshold(z, count, ROWS: tl.constexpr):
-    """tau [ROWS] of z [ROWS, .], relative to its maximum, `count` of a row finite; and the worst |sum p - 1|."""
-    highest = -1.0 / tl.sqrt(count.to(tl.float32))  # tau of equal scores
-    tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
+def _threshold(z, tau, highest):
+    """tau [ROWS] of the scores z [ROWS, .] relative to their maximum, from a first guess; and the worst |sum p - 1|."""
     residual = 1.0
     steps = 0
     while (residual > TOLERANCE) & (steps < MAX_STEPS):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 TILE_ROWS = 64  # the rows of one warpgroup's matrix instruction
 RESIDENT_CHUNKS = 512  # the scores of so many chunks fit into a program's registers
-MIN_WIDTH = 64
+MIN_WIDTH = 128  # routing's least
 WORKSPACE_BYTES = 2**29  # the lists of one segment take at most this, or what one chunk of queries needs
 
 
@@ -59,10 +59,10 @@ class Segment(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """What each tile of one segment attends to. The lengths are Routing.union_chunks; past them nothing is written."""
+    """What each tile of one segment may be routed to, then what it is. Lengths: Routing.union_chunks."""
 
     chunks: Tensor  # [batch * kv_heads, tiles, segment.chunks] int32, ascending
-    prior: Tensor  # [batch * kv_heads, tiles, segment.chunks, tile_tokens] fp32: pbar, later the log-prior in its place
+    prior: Tensor  # [batch * kv_heads, tiles, segment.chunks, tile_tokens] fp32: pbar, later the log-prior
 
 
 def segments(shape: Shape, query_starts: tuple[int, ...]) -> Iterator[Segment]:
@@ -94,9 +94,12 @@ def workspace_bytes(shape: Shape, query_starts: tuple[int, ...] = (0,)) -> int:
 
 
 def new_lists(shape: Shape, query_starts: tuple[int, ...], device: torch.device) -> Iterator[tuple[Segment, Lists]]:
-    """Every segment with its lists: views of one workspace, so a segment is finished before the next is begun."""
+    """Every segment with its lists: views of one workspace, so a segment is finished before the next is begun.
+
+    The longest come first: while the device works on them the host gets ahead with launching the short ones.
+    """
     workspace = torch.empty(workspace_bytes(shape, query_starts) // 4, dtype=torch.int32, device=device)
-    for segment in segments(shape, query_starts):
+    for segment in sorted(segments(shape, query_starts), key=lambda segment: -segment.chunks):
         size = (shape.batch * shape.kv_heads, shape.tiles(segment.tokens), segment.chunks)
         entries = size[0] * size[1] * size[2]
         prior = workspace[entries : entries * (1 + shape.tile_tokens)].view(torch.float32)

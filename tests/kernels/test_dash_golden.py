@@ -59,6 +59,17 @@ def test_prefill(path, dtype):
     assert stats.residual < (1e-12 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_prefill_in_triton(path):
+    case, tensors = load(path)
+    if any(case["left_pad"]):
+        pytest.skip("left padding is not a feature of dash_attention")
+    q, k, v = (tensors[name][:, : case["prefill_len"]].cuda() for name in ("queries", "keys", "values"))
+    out = dash_attention(q, k, v, tensors["head_cls"].cuda(), **arguments(case), backend="triton")
+    assert relative_error(out.cpu(), tensors["out"]) < tolerance(tensors)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_decode(path):
     case, tensors = load(path)

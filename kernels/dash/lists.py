@@ -1,4 +1,4 @@
-"""The log-prior of the listed chunks in Triton: between routing, which leaves pbar in the lists, and attention."""
+"""Between routing and attention, in Triton: candidates become the list of routed chunks, pbar becomes the log-prior."""
 
 from typing import NamedTuple
 
@@ -22,18 +22,21 @@ class Prior(NamedTuple):
 
 
 def new_prior(shape: Shape, device: torch.device) -> Prior:
-    """The outputs of prior_segment, not yet written."""
+    """The outputs of list_segment, not yet written."""
     size = (shape.batch, shape.kv_heads, shape.q_len)
     return Prior(torch.empty(size, device=device), torch.empty(size, device=device, dtype=torch.int32))
 
 
-def prior_segment(
+def list_segment(
     config: DashConfig, shape: Shape, segment: Segment, lists: Lists, routing: Routing, out: Prior
 ) -> None:
-    """Turns the pbar of one segment's lists into b_c log2(e), -inf outside R; writes its tokens of `out`."""
+    """Drops the candidates that no token of a tile is routed to; turns pbar into b_c log2(e), -inf outside R.
+
+    In place: `lists`, and their lengths routing.union_chunks. Writes the segment's tokens of `out`.
+    """
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    prior_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
-        lists.prior,
+    list_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+        *lists,
         routing.union_chunks,
         *out,
         shape.q_len,
@@ -45,14 +48,15 @@ def prior_segment(
         LOG2_E / temperature,
         PBAR_MIN,
         TILE=shape.tile_tokens,
-        BLOCK=max(16, 1024 // shape.tile_tokens),
+        BLOCK=max(32, 1024 // shape.tile_tokens),
         NORMALIZER=config.prior_normalizer,
         num_warps=4,
     )
 
 
 @triton.jit
-def prior_kernel(
+def list_kernel(
+    chunks_ptr,
     prior_ptr,
     union_ptr,
     normalizer_ptr,
@@ -69,20 +73,23 @@ def prior_kernel(
     BLOCK: tl.constexpr,
     NORMALIZER: tl.constexpr,
 ):
-    """One program a tile: one pass for the normaliser, one that writes."""
+    """One program a tile: one pass for the normaliser, one that shortens and writes."""
     tile = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    length = tl.load(union_ptr + sequence * row_tiles + first_tile + tile)
+    sequence = tl.program_id(1).to(tl.int64)  # batch * kv_heads + KV head
+    union_ptr += sequence * row_tiles + first_tile + tile
+    candidates = tl.load(union_ptr)
+    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    chunks_ptr += list_start
     token = tl.arange(0, TILE)
     entry = tl.arange(0, BLOCK)
-    pointers = prior_ptr + (sequence * tl.num_programs(0) + tile) * capacity * TILE
-    pointers += entry[:, None] * TILE + token[None, :]
+    prior_ptr += list_start * TILE + token[None, :]
 
     active = tl.zeros([TILE], tl.int32)
     log_sum = tl.zeros([TILE], tl.float32)
     log_max = tl.full([TILE], float("-inf"), tl.float32)
-    for block in range(0, length, BLOCK):
-        pbar = tl.load(pointers + block * TILE, mask=(block + entry < length)[:, None], other=0.0)
+    for block in range(0, candidates, BLOCK):
+        in_list = block + entry < candidates
+        pbar = tl.load(prior_ptr + (block + entry)[:, None] * TILE, mask=in_list[:, None], other=0.0)
         log_pbar = tl.log(tl.maximum(pbar, pbar_min))
         active += tl.sum((pbar > 0).to(tl.int32), 0)
         log_sum += tl.sum(tl.where(pbar > 0, log_pbar, 0.0), 0)
@@ -93,11 +100,20 @@ def prior_kernel(
         normalizer = log_sum / tl.maximum(active, 1)
     elif NORMALIZER == "peak":
         normalizer = tl.where(active > 0, log_max, 0.0)
-    for block in range(0, length, BLOCK):
-        in_list = (block + entry < length)[:, None]
-        pbar = tl.load(pointers + block * TILE, mask=in_list, other=0.0)
+    length = 0
+    for block in range(0, candidates, BLOCK):
+        in_list = block + entry < candidates
+        chunk = tl.load(chunks_ptr + block + entry, mask=in_list)
+        pbar = tl.load(prior_ptr + (block + entry)[:, None] * TILE, mask=in_list[:, None], other=0.0)
         prior = (tl.log(tl.maximum(pbar, pbar_min)) - normalizer[None, :]) * prior_scale
-        tl.store(pointers + block * TILE, tl.where(pbar > 0, prior, float("-inf")), mask=in_list)
+        prior = tl.where(pbar > 0, prior, float("-inf"))
+        is_routed = tl.max(pbar, 1) > 0
+        place = length + tl.cumsum(is_routed.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # all of a block is read before any of it is written
+        tl.store(chunks_ptr + place, chunk, mask=is_routed)
+        tl.store(prior_ptr + place[:, None] * TILE, prior, mask=is_routed[:, None])
+        length += tl.sum(is_routed.to(tl.int32), 0)
+    tl.store(union_ptr, length)
 
     is_token = tile * TILE + token < tokens
     per_token = sequence * q_len + first_row + tile * TILE + token
