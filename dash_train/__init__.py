@@ -1,5 +1,10 @@
-"""DashTrain: a long-context LLM pretraining framework around DashAttention."""
+"""DashTrain: a long-context LLM pretraining framework around DashAttention.
 
-from dash_train.registration import register_with_transformers
+Importing it tells transformers of exported Dash models, so that `AutoModelForCausalLM` loads them.
+"""
 
-register_with_transformers()
+from transformers import AutoConfig
+
+from dash_train.huggingface_config import DashConfig
+
+AutoConfig.register(DashConfig.model_type, DashConfig, exist_ok=True)

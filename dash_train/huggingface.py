@@ -1,6 +1,6 @@
 """Exported Dash models inside transformers: `AutoModelForCausalLM.from_pretrained(folder)`, `generate` and all.
 
-`import dash_train` is enough for transformers to know the classes (dash_train/registration.py).
+`import dash_train` is enough for transformers to know the classes.
 """
 
 from typing import Any
