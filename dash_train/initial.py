@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dash_train import checkpoint
@@ -49,28 +50,35 @@ def open_source(path: str | Path) -> Source:
     raise UserError(f"init.from: {path}: expected a run folder, a checkpoint or an exported folder, found none of them")
 
 
-def resolve_model_config(recipe: Recipe, source: Source | None, vocab_size: int) -> ModelConfig:
-    """The model of a run: the source's, with what the recipe sets itself; the vocabulary is the tokenizer's.
+def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Recipe:
+    """The recipe with its model section settled: the source's, but for what the recipe sets itself; the vocabulary is
+    the tokenizer's. Layers that change their attention type get a new routing scale.
 
     Raises:
-        UserError: the vocabulary is too small for the tokenizer.
+        UserError: the section contradicts itself, the rest of the recipe or the tokenizer.
     """
-    config = recipe.model.model_copy(deep=True)
-    if source is not None:
-        values = source.config.model_dump()
-        _merge(values, recipe.model.model_dump(exclude_unset=True))
-        config = ModelConfig.model_validate(values)
-    if config.vocab_size is None:
-        config.vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if config.vocab_size < vocab_size:
+    own = recipe.model.model_dump(exclude_unset=source is not None)
+    values = source.config.model_dump() if source else {}
+    types_before = values.get("attention", {}).get("type")
+    _merge(values, own)
+    if source and values["attention"]["type"] != types_before and "routing_scale" not in own.get("attention", {}):
+        values["attention"]["routing_scale"] = "auto"
+    if values["vocab_size"] is None:
+        values["vocab_size"] = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if values["vocab_size"] < vocab_size:
         raise UserError(
-            f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's ({vocab_size}); leave it out"
+            f"model.vocab_size ({values['vocab_size']}) is smaller than the tokenizer's ({vocab_size}); leave it out"
         )
-    return config
+    try:
+        return Recipe.model_validate({**recipe.model_dump(by_alias=True), "model": values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        origin = f" (with what comes from {recipe.init.from_})" if source else ""
+        raise UserError(f"model{origin}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def build_model(
-    recipe: Recipe, config: ModelConfig, load: Callable[[], dict[str, Tensor]] | None, deepspeed_config: dict[str, Any]
+    recipe: Recipe, load: Callable[[], dict[str, Tensor]] | None, deepspeed_config: dict[str, Any]
 ) -> LanguageModel:
     """The model with its initial weights, drawn from `train.seed` or read by `load`.
 
@@ -84,7 +92,9 @@ def build_model(
     torch.manual_seed(recipe.train.seed)
     partitioned = recipe.parallel.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext():
-        model = LanguageModel(config, activation_checkpointing=recipe.train.activation_checkpointing)
+        model = LanguageModel(
+            recipe.model.model_copy(deep=True), activation_checkpointing=recipe.train.activation_checkpointing
+        )
     if load is not None:
         _copy_weights(model, load(), str(recipe.init.from_))
     return model

@@ -19,7 +19,7 @@ from dash_train.data.prepare import prepare
 from dash_train.data.tokenizer import load_tokenizer
 from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
 from dash_train.errors import UserError
-from dash_train.initial import Source, build_model, open_source, resolve_model_config
+from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
 from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
@@ -50,13 +50,14 @@ class Trainer:
         data_folder = self._prepare_data(source)
         self.tokenizer = load_tokenizer(data_folder / "tokenizer")
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
+        self.recipe = recipe = resolve_model(recipe, source, self.tokenizer.vocab_size)
         self.training_rows = self._rows(data_folder, "train")
         self.validation_rows = self._rows(data_folder, "validation")
 
-        self.model_config = resolve_model_config(recipe, source, self.tokenizer.vocab_size)
         self.deepspeed_config = deepspeed_config(recipe)
         load = source.load if source and not resumed else None
-        model = build_model(recipe, self.model_config, load, self.deepspeed_config)
+        model = build_model(recipe, load, self.deepspeed_config)
+        self.model_config = model.config
         self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
 

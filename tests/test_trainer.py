@@ -11,7 +11,6 @@ from dash_train import checkpoint
 from dash_train.data.loader import IGNORED, step_batches
 from dash_train.engine import grad_norm
 from dash_train.errors import UserError
-from dash_train.initial import resolve_model_config
 from dash_train.metrics import read_metrics
 from dash_train.model.transformer import LanguageModel
 from dash_train.optimizer import parameter_groups
@@ -47,7 +46,7 @@ def train(tmp_path, corpus):
 def plain_training(recipe, rows):
     """Losses and gradient norms of the recipe by plain PyTorch, the whole global batch at once."""
     torch.manual_seed(recipe.train.seed)
-    model = LanguageModel(resolve_model_config(recipe, None, 512))
+    model = LanguageModel(recipe.model)
     options = recipe.optimizer
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
