@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 
 from dash_train.metrics import MetricsFile
 from dash_train.recipe import Recipe
@@ -28,21 +29,17 @@ class Tracker:
         self.wandb = _start_wandb(recipe, run_dir)
         self.steps = recipe.train.steps
         self.console = Console(highlight=False)
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
         self.first_step, self.started = first_step, time.perf_counter()
-        if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, console=self.console)
-            self.task = self.progress.add_task("", total=self.steps, completed=first_step)
-            self.progress.start()
+        self.live = Live(console=self.console) if self.console.is_terminal else None
+        if self.live is not None:
+            self.live.start()
 
     def log_training(self, values: dict[str, Any]) -> None:
         """Write a training line and show it."""
         self._write(values)
         line = training_line(values, self.steps, self._eta(values["step"]))
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=values["step"], description=line)
+        if self.live is not None:
+            self.live.update(Group(line, ProgressBar(total=self.steps, completed=values["step"])))
         else:
             print(line, flush=True)
 
@@ -59,8 +56,8 @@ class Tracker:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        if self.live is not None:
+            self.live.stop()
         if self.wandb is not None:
             self.wandb.finish()
         self.metrics.close()
@@ -138,7 +135,7 @@ def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:
     import wandb
 
     if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     id_file = run_dir / "wandb_id"
     run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
     id_file.write_text(run_id)
