@@ -9,7 +9,7 @@ from torch import nn
 
 from dash_train.errors import UserError
 from dash_train.optimizer import build_optimizer
-from dash_train.recipe import Recipe
+from dash_train.recipe import Recipe, merge
 
 # DeepSpeed's own keys that a recipe sets elsewhere.
 OWNED = {
@@ -62,7 +62,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if recipe.deepspeed:
         _check_keys(recipe.deepspeed)
-        _merge(config, recipe.deepspeed)
+        merge(config, recipe.deepspeed)
     return config
 
 
@@ -110,11 +110,3 @@ def _check_keys(section: dict[str, Any]) -> None:
                 first = error.errors()[0]
                 place = ".".join(str(part) for part in (key, *first["loc"]))
                 raise UserError(f"deepspeed.{place}: {first['msg']}") from error
-
-
-def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value

@@ -14,7 +14,7 @@ from dash_train import checkpoint
 from dash_train.errors import UserError
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
-from dash_train.recipe import Recipe
+from dash_train.recipe import Recipe, merge
 
 VOCAB_MULTIPLE = 64
 
@@ -60,7 +60,7 @@ def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Rec
     own = recipe.model.model_dump(exclude_unset=source is not None)
     values = source.config.model_dump() if source else {}
     types_before = values.get("attention", {}).get("type")
-    _merge(values, own)
+    merge(values, own)
     if source and values["attention"]["type"] != types_before and "routing_scale" not in own.get("attention", {}):
         values["attention"]["routing_scale"] = "auto"
     if values["vocab_size"] is None:
@@ -117,11 +117,3 @@ def _copy_weights(model: LanguageModel, weights: dict[str, Tensor], origin: str)
                     f"{list(parameter.shape)}; leave the model section out to take over its shape"
                 )
             parameter.copy_(weights[name])
-
-
-def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value

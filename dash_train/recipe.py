@@ -179,6 +179,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(_describe(error, path, lines)) from error
 
 
+def merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Put the values of `extra` into `into`, section by section."""
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dash_train import checkpoint
 from dash_train.checkpoint import TrainState
-from dash_train.data.loader import IGNORED, RowDataset, StepBatch, step_batches, validation_batches
+from dash_train.data.loader import IGNORE, RowDataset, StepBatch, step_batches, validation_batches
 from dash_train.data.prepare import prepare
 from dash_train.data.tokenizer import load_tokenizer
 from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
@@ -106,7 +106,7 @@ class Trainer:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        counts = [int((micro["labels"] != IGNORED).sum()) for micro in batch.micro_batches]
+        counts = [int((micro["labels"] != IGNORE).sum()) for micro in batch.micro_batches]
         step_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=self.device)).clamp(min=1)
 
         totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
@@ -152,7 +152,7 @@ class Trainer:
             world=self.world.size,
             limit_rows=self.recipe.train.validation_rows,
         ):
-            labels = micro["labels"][micro["labels"] != IGNORED]
+            labels = micro["labels"][micro["labels"] != IGNORE]
             totals.add(self.engine(**self._to_device(micro)), labels.numel(), int(self.token_bytes[labels].sum()))
         totals.reduce()
         self.engine.train()

@@ -17,7 +17,7 @@ from dash_train.data.errors import DataError
 from dash_train.data.packing import PACKER_VERSION, Packing, pack_epoch
 from dash_train.data.shards import TokenShards
 
-IGNORED = -100  # the label that no loss counts
+IGNORE = -100  # the label that no loss counts
 STEPS_AHEAD = 2
 
 Row = dict[str, Tensor]
@@ -106,7 +106,7 @@ class RowDataset:
         packing = self.packing(epoch)
         row = packing.order[place]
         tokens = np.full(self.seq, self.shards.meta.pad_id, dtype=np.int64)
-        labels = np.full(self.seq, IGNORED, dtype=np.int64)
+        labels = np.full(self.seq, IGNORE, dtype=np.int64)
         starts = np.arange(self.seq, dtype=np.int32) // self.chunk_size * self.chunk_size
         real = np.zeros(self.seq, dtype=bool)
         for piece in range(packing.row_starts[row], packing.row_starts[row + 1]):
@@ -128,7 +128,7 @@ class RowDataset:
         positions = torch.arange(self.seq, dtype=torch.int32)
         return {
             "tokens": torch.full((self.seq,), self.shards.meta.pad_id, dtype=torch.int64),
-            "labels": torch.full((self.seq,), IGNORED, dtype=torch.int64),
+            "labels": torch.full((self.seq,), IGNORE, dtype=torch.int64),
             "document_starts": positions // self.chunk_size * self.chunk_size,
             "real": torch.zeros(self.seq, dtype=torch.bool),
         }

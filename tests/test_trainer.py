@@ -8,7 +8,7 @@ import torch
 from tiny_runs import write_recipe
 
 from dash_train import checkpoint
-from dash_train.data.loader import IGNORED, step_batches
+from dash_train.data.loader import IGNORE, step_batches
 from dash_train.engine import grad_norm
 from dash_train.errors import UserError
 from dash_train.metrics import read_metrics
@@ -55,7 +55,7 @@ def plain_training(recipe, rows):
     batches = step_batches(rows, global_batch_size=size, micro_batch_size=size, rank=0, world=1)
     for step, batch in zip(range(recipe.train.steps), batches, strict=False):
         micro = batch.micro_batches[0]
-        loss = model(**micro)["loss"] / (micro["labels"] != IGNORED).sum()
+        loss = model(**micro)["loss"] / (micro["labels"] != IGNORE).sum()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip).item())
         for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ import torch
 
 from dash_train.data.config import DataConfig
 from dash_train.data.errors import DataError
-from dash_train.data.loader import IGNORED, RowDataset, StepBatch, step_batches, validation_batches
+from dash_train.data.loader import IGNORE, RowDataset, StepBatch, step_batches, validation_batches
 from dash_train.data.prepare import prepare
 
 SEQ, CHUNK = 128, 16
@@ -48,16 +48,16 @@ def test_a_row_holds_its_pieces_their_labels_and_their_starts(dataset: RowDatase
             text = shards.tokens(document, 0, 10**9).tolist()
             here = slice(at, at + length)
             assert row["tokens"][here].tolist() == text[start : start + length]
-            following = [*text[start + 1 : start + length + 1], IGNORED][:length]  # the next row's first token too
+            following = [*text[start + 1 : start + length + 1], IGNORE][:length]  # the next row's first token too
             assert row["labels"][here].tolist() == following
-            split_documents += following[-1] != IGNORED
+            split_documents += following[-1] != IGNORE
             stop = at + -(-length // CHUNK) * CHUNK
             assert (row["document_starts"][at:stop] == at).all()
             assert row["real"][here].all() and not row["real"][at + length : stop].any()
             real += length
         assert int(row["real"].sum()) == real
         assert (row["tokens"][~row["real"]] == shards.meta.pad_id).all()
-        assert (row["labels"][~row["real"]] == IGNORED).all()
+        assert (row["labels"][~row["real"]] == IGNORE).all()
     assert split_documents > 10
 
 
@@ -65,7 +65,7 @@ def test_an_epoch_reads_every_token_once(dataset: RowDataset) -> None:
     rows = [dataset.row(index) for index in range(dataset.rows(0))]
     assert sum(int(row["real"].sum()) for row in rows) == dataset.shards.meta.tokens
     # Every token but each document's first is somebody's label.
-    labels = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
+    labels = sum(int((row["labels"] != IGNORE).sum()) for row in rows)
     assert labels == dataset.shards.meta.tokens - dataset.shards.meta.documents
     assert dataset.fill() == pytest.approx(dataset.shards.meta.tokens / (len(rows) * SEQ))
     assert dataset.fill() > 0.9
@@ -141,7 +141,7 @@ def test_validation_gives_every_rank_the_same_number_of_batches(folder: Path, li
     labels = torch.cat([batch["labels"] for batches in ranks for batch in batches])
     assert len(held) % 6 == 0
     assert sorted(held[real.any(1)].tolist()) == sorted(dataset.row(index)["tokens"].tolist() for index in range(rows))
-    assert (labels[~real.any(1)] == IGNORED).all()
+    assert (labels[~real.any(1)] == IGNORE).all()
 
 
 def test_the_fingerprint_names_what_changes_the_rows(dataset: RowDataset, folder: Path) -> None:
