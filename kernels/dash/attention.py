@@ -43,7 +43,7 @@ def dash_attention(
         query_starts: q is this many equal pieces; piece i stands at positions query_starts[i], +1, ... of the row.
         support: bool [batch, heads, q_len, ceil(seq / chunk_size)], the chunks of positive probability as another
             backend found them, in place of finding them (reference only; for comparisons).
-        backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; no gradient yet; head_dim a
+        backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; head_dim a
             multiple of 16 up to 256, chunk_size 16, 32, 64 or 128) or "auto": triton on CUDA where it can, else
             reference.
         return_stats: return (out, DashStats).
@@ -62,8 +62,9 @@ def dash_attention(
     obstacle = triton_obstacle(q, k, v, chunk_query, chunk_size=chunk_size, support=support)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.dash.forward import dash_attention_triton  # triton, which only this backend needs
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, chunk_query))
+    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle and not needs_grad):
+        from dash_train.kernels.dash.operator import dash_attention_triton  # triton, which only this backend needs
 
         out, stats = dash_attention_triton(
             q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
@@ -98,6 +99,4 @@ def triton_obstacle(
         return f"needs a chunk_size of 16, 32, 64 or 128, not {chunk_size}"
     if support is not None:
         return "finds its own support"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, chunk_query)):
-        return "has no gradient yet"
     return None

@@ -48,6 +48,11 @@ class Shape(NamedTuple):
         return -(-tokens // self.tile_tokens)
 
 
+def shape_of(q: Tensor, k: Tensor, chunk_size: int) -> Shape:
+    """q [batch, q_len, heads, head_dim], k [batch, seq, kv_heads, head_dim]."""
+    return Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], chunk_size)
+
+
 class Segment(NamedTuple):
     """Consecutive queries of one piece."""
 

@@ -1,0 +1,192 @@
+"""Gradients of stage 2 with respect to queries and log-priors, in Triton, over the forward pass's lists."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dash_train.kernels.dash.lists import LOG2_E
+from dash_train.kernels.dash.rows import tile_rows
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+
+MAX_KEYS = 64  # keys of one matrix product: a chunk of 128 is two
+
+
+def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
+    """delta = out.dout of every row, [batch, heads, q_len] fp32; both contiguous [batch, q_len, heads, head_dim]."""
+    batch, q_len, heads, head_dim = out.shape
+    delta = torch.empty(batch, heads, q_len, device=out.device)
+    rows = 64
+    delta_kernel[(triton.cdiv(q_len * heads, rows), batch)](
+        out,
+        dout,
+        delta,
+        q_len,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        ROWS=rows,
+    )
+    return delta
+
+
+def attend_backward_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    shape: Shape,
+    segment: Segment,
+    lists: Lists,
+    lengths: Tensor,
+    dq: Tensor,
+) -> None:
+    """Writes a segment's rows of dq (like q, contiguous), routing not counted, and g_c over the log-prior in `lists`.
+
+    dout like q, contiguous; lse, delta [batch, heads, q_len]; lengths [batch, kv_heads, tiles] of the lists.
+    """
+    keys = min(shape.chunk_size, MAX_KEYS)
+    block = [1, keys, 1, triton.next_power_of_2(shape.head_dim)]
+    key_bytes = 2 * shape.chunk_size * block[-1] * k.element_size()
+    attend_backward_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+        q,
+        TensorDescriptor.from_tensor(k, block),
+        TensorDescriptor.from_tensor(v, block),
+        lists.chunks,
+        lists.prior,
+        lengths,
+        dout,
+        lse,
+        delta,
+        dq,
+        *q.stride()[:3],
+        shape.q_len,
+        lengths.shape[2],
+        *segment,
+        shape.head_dim**-0.5,
+        LOG2_E,
+        KV_HEADS=shape.kv_heads,
+        GROUP=shape.group,
+        PADDED_GROUP=shape.padded_group,
+        TILE=shape.tile_tokens,
+        CHUNK=shape.chunk_size,
+        KEYS=keys,
+        HEAD_DIM=shape.head_dim,
+        BLOCK_DIM=block[-1],
+        STAGES=3 if key_bytes <= 2**15 else 2 if key_bytes <= 2**16 else 1,
+        num_warps=4 if block[-1] <= 128 else 8,
+    )
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr,
+    dout_ptr,
+    delta_ptr,
+    q_len,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # token * HEADS + head
+    dim = tl.arange(0, BLOCK_DIM)
+    is_row = row < q_len * HEADS
+    mask = is_row[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = (batch * q_len * HEADS + row)[:, None] * HEAD_DIM + dim[None, :]
+    out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + (batch * HEADS + row % HEADS) * q_len + row // HEADS, tl.sum(out * dout, 1), mask=is_row)
+
+
+@triton.jit
+def attend_backward_kernel(
+    q_ptr,
+    k_tiles,
+    v_tiles,
+    chunks_ptr,
+    prior_ptr,
+    lengths_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    q_len,
+    row_tiles,
+    first_row,
+    first_position,
+    tokens,
+    first_tile,
+    capacity,
+    scale,
+    log2_e,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program a tile, the longest histories first. An entry's log-prior is read, then g written over it."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+    token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+    dim = tl.arange(0, BLOCK_DIM)
+    mask = is_real[:, None] & (dim < HEAD_DIM)[None, :]
+
+    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride + head * q_head_stride
+    rows = ((batch * q_len + first_row + token) * HEADS + head) * HEAD_DIM
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    q = tl.where(is_real[:, None], q, 0.0)  # keeps both in registers, as in the forward pass
+    dout = tl.where(is_real[:, None], dout, 0.0)
+    per_head = (batch * HEADS + head) * q_len + first_row + token
+    lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
+    delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
+
+    own = (first_position + tile * TILE) // CHUNK
+    k_head = kv_head.to(tl.int32)
+    k_batch = batch.to(tl.int32)
+    logit_scale = scale * log2_e
+    dq = tl.zeros([TILE * PADDED_GROUP, BLOCK_DIM], tl.float32)
+    for start in tl.static_range(0, CHUNK, KEYS):
+        k = k_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        v = v_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        is_seen = (own * CHUNK + start + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]
+        logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale, float("-inf"))
+        dlogits = tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None]
+        dlogits *= tl.exp2(logits - lse[:, None])
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+
+    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    chunks_ptr += list_start
+    prior_rows = prior_ptr + list_start * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP
+    prior_tokens = prior_ptr + list_start * TILE + tl.arange(0, TILE)
+    length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
+    for entry in tl.range(0, length, num_stages=STAGES):
+        chunk = tl.load(chunks_ptr + entry)
+        shift = tl.load(prior_rows + entry * TILE) - lse
+        g = tl.zeros([TILE * PADDED_GROUP], tl.float32)
+        for start in tl.static_range(0, CHUNK, KEYS):
+            k = k_tiles.load([k_batch, chunk * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+            v = v_tiles.load([k_batch, chunk * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dlogits = tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None]
+            dlogits *= tl.exp2(logits * logit_scale + shift[:, None])
+            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+            g += tl.sum(dlogits, 1)
+        tl.store(prior_tokens + entry * TILE, tl.sum(tl.reshape(g, [TILE, PADDED_GROUP]), 1))
+    tl.store(dq_ptr + rows[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)

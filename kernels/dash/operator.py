@@ -1,0 +1,206 @@
+"""DashAttention in Triton as one node of autograd: two operators of torch.library, the forward and the backward pass.
+
+As operators they work under torch.compile, which sees them as opaque calls, and under activation checkpointing, where a
+selective policy may keep the results of torch.ops.dash_train.dash_attention.default instead of computing them again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_train.kernels.dash.backward import dash_backward
+from dash_train.kernels.dash.forward import dash_forward
+from dash_train.kernels.dash.routing import new_routing, route_segment
+from dash_train.kernels.dash.stages import DashConfig
+from dash_train.kernels.dash.stats import DashStats
+from dash_train.kernels.dash.summaries import summarize_chunks
+from dash_train.kernels.dash.tiles import new_lists, shape_of
+
+
+def dash_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    *,
+    config: DashConfig,
+    document_starts: Tensor,
+    query_starts: tuple[int, ...],
+) -> tuple[Tensor, DashStats]:
+    """The output, like q, and the statistics.
+
+    Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
+    """
+    q, k, v = (t if _suits_the_copy_engine(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    out, _, tau, row_max, normalizer, active_chunks, union_chunks, residual = forward_operator(
+        q, k, v, chunk_query, document_starts, query_starts, *astuple(config)
+    )
+    shape = shape_of(q, k, config.chunk_size)
+    piece = shape.q_len // len(query_starts)
+    eligible = [
+        torch.arange(start, start + piece, device=q.device) // config.chunk_size
+        - document_starts[:, start : start + piece] // config.chunk_size
+        for start in query_starts
+    ]
+    stats = DashStats(
+        tau=tau,
+        row_max=row_max,
+        normalizer=normalizer,
+        active_chunks=active_chunks,
+        eligible_chunks=torch.cat(eligible, -1).int().expand(shape.batch, -1),
+        union_chunks=union_chunks,
+        residual=residual.amax(),
+        tile=shape.tile_tokens,
+        pieces=len(query_starts),
+        support=lambda: _support(q, k, chunk_query, config, document_starts, query_starts),
+    )
+    return out, stats
+
+
+@torch.library.custom_op("dash_train::dash_attention", mutates_args=())
+def forward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    document_starts: Tensor,
+    query_starts: Sequence[int],
+    chunk_size: int,
+    routing_scale: float,
+    prior_normalizer: str,
+    prior_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dash_forward: (out, lse, tau, row_max, normalizer, active_chunks, union_chunks, residual).
+
+    q, k and v as the copy engine wants them. Only `out` has a gradient.
+    """
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    forward = dash_forward(
+        q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
+    )
+    routing = forward.routing
+    return (
+        forward.out,
+        forward.lse,
+        routing.tau,
+        routing.row_max,
+        *forward.prior,
+        routing.union_chunks,
+        routing.residual,
+    )
+
+
+@torch.library.custom_op("dash_train::dash_attention_backward", mutates_args=())
+def backward_operator(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    document_starts: Tensor,
+    query_starts: Sequence[int],
+    chunk_size: int,
+    routing_scale: float,
+    prior_normalizer: str,
+    prior_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dash_backward: the gradients of q, k, v and chunk_query."""
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    return dash_backward(
+        dout,
+        q,
+        k,
+        v,
+        chunk_query,
+        out,
+        lse,
+        config=config,
+        document_starts=document_starts,
+        query_starts=tuple(query_starts),
+    )
+
+
+@forward_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    document_starts: Tensor,
+    query_starts: Sequence[int],
+    chunk_size: int,
+    *numbers: Any,
+) -> tuple[Tensor, ...]:
+    shape = shape_of(q, k, chunk_size)
+    pieces = len(query_starts)
+    per_tile = (shape.batch, shape.kv_heads, pieces * shape.tiles(shape.q_len // pieces))
+    lse, tau, row_max = (q.new_empty(shape.batch, shape.heads, shape.q_len, dtype=torch.float32) for _ in range(3))
+    normalizer = q.new_empty(shape.batch, shape.kv_heads, shape.q_len, dtype=torch.float32)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        lse,
+        tau,
+        row_max,
+        normalizer,
+        torch.empty_like(normalizer, dtype=torch.int32),
+        q.new_empty(per_tile, dtype=torch.int32),
+        q.new_empty(per_tile, dtype=torch.float32),
+    )
+
+
+@backward_operator.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, chunk_query))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, chunk_query, document_starts, *ctx.options = inputs
+    out, lse, *statistics = output
+    ctx.save_for_backward(q, k, v, chunk_query, out, lse, document_starts)
+    ctx.mark_non_differentiable(lse, *statistics)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor, *others: None) -> tuple[Tensor | None, ...]:
+    gradients = backward_operator(dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * (1 + len(ctx.options))
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "dash_attention with backend='triton' has no second derivative: leave out create_graph=True, or use "
+        "backend='reference'"
+    )
+
+
+forward_operator.register_autograd(_backward, setup_context=_save)
+backward_operator.register_autograd(_no_second_derivative)
+
+
+def _suits_the_copy_engine(t: Tensor) -> bool:
+    """Head vectors are contiguous, and every one of them starts on a multiple of 16 bytes."""
+    strides_in_bytes = [stride * t.element_size() for stride in t.stride()[:-1]]
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides_in_bytes)
+
+
+def _support(
+    q: Tensor,
+    k: Tensor,
+    chunk_query: Tensor,
+    config: DashConfig,
+    document_starts: Tensor,
+    query_starts: tuple[int, ...],
+) -> Tensor:
+    """bool [batch, heads, q_len, chunks]: r > 0. Routes again, to the same bits."""
+    shape = shape_of(q, k, config.chunk_size)
+    _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
+    routing = new_routing(shape, len(query_starts), q.device)
+    support = torch.zeros(shape.batch, shape.heads, shape.q_len, parts.shape[2], dtype=torch.bool, device=q.device)
+    for segment, lists in new_lists(shape, query_starts, q.device):
+        route_segment(q, parts, document_starts, config, shape, segment, lists, routing, support)
+    return support

@@ -1,0 +1,296 @@
+"""Stage 1's backward pass in Triton: from the gradients g_c of the log-priors to those of queries and summaries.
+
+With e = g / prior_temperature (0 where pbar < 1e-6), a head's ds_c = r_c (f_c - kappa), where f_c = e_c / sum of r_c^2
+over the group and kappa = sum_c r_c f_c / sum_c r_c. The scores are computed again; tau stands for all that was solved.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_train.kernels.dash.inverse import BLOCK_CHUNKS, Inverse
+from dash_train.kernels.dash.routing import Routing
+from dash_train.kernels.dash.rows import tile_rows
+from dash_train.kernels.dash.stages import PBAR_GRADIENT_MIN, DashConfig
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+
+PROGRAMS = 1024  # among which the tiles of a segment are divided for the summaries' gradient
+
+
+def routing_backward_segment(
+    q: Tensor,
+    parts: Tensor,
+    config: DashConfig,
+    shape: Shape,
+    segment: Segment,
+    lists: Lists,
+    routing: Routing,
+    inverse: Inverse,
+    dq: Tensor,
+    dsummaries: Tensor,
+) -> None:
+    """Adds to a segment's rows of dq, and to dsummaries [batch * kv_heads, chunks, head_dim] fp32.
+
+    parts as route_segment takes them; `lists` holds g_c in place of the log-prior, and holds f_c afterwards.
+    """
+    sequences, tiles = shape.batch * shape.kv_heads, shape.tiles(segment.tokens)
+    kappa = torch.empty_like(routing.tau)
+    common = {
+        "KV_HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TILE": shape.tile_tokens,
+        "BLOCK": BLOCK_CHUNKS,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_DIM": triton.next_power_of_2(shape.head_dim),
+        "PARTS": parts.shape[0],
+    }
+    score_scale = config.routing_scale * shape.head_dim**-0.5
+    temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
+    queries_kernel[(tiles, sequences)](
+        q,
+        parts,
+        *lists,
+        routing.tau,
+        routing.row_max,
+        routing.union_chunks,
+        kappa,
+        dq,
+        *q.stride()[:3],
+        parts.stride(0),
+        parts.shape[2],
+        shape.q_len,
+        routing.union_chunks.shape[2],
+        segment.row,
+        segment.tokens,
+        segment.tile,
+        segment.chunks,
+        score_scale,
+        1 / temperature,
+        PBAR_GRADIENT_MIN,
+        **common,
+    )
+    blocks = inverse.block_starts.shape[1]
+    splits = max(1, min(tiles, PROGRAMS // (blocks * sequences)))
+    partial = torch.empty(splits, sequences, blocks * BLOCK_CHUNKS, shape.head_dim, device=q.device)
+    summaries_kernel[(blocks, splits, sequences)](
+        q,
+        parts,
+        *lists,
+        routing.tau,
+        routing.row_max,
+        routing.union_chunks,
+        kappa,
+        inverse.block_starts,
+        partial,
+        *q.stride()[:3],
+        parts.stride(0),
+        parts.shape[2],
+        shape.q_len,
+        routing.union_chunks.shape[2],
+        segment.row,
+        segment.position // shape.chunk_size,
+        segment.tokens,
+        segment.tile,
+        tiles,
+        segment.chunks,
+        score_scale,
+        TILES_IN_CHUNK=shape.chunk_size // shape.tile_tokens,
+        **common,
+    )
+    dsummaries[:, : segment.chunks] += partial.sum(0)[:, : segment.chunks]
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr,
+    parts_ptr,
+    chunks_ptr,
+    g_ptr,
+    tau_ptr,
+    row_max_ptr,
+    lengths_ptr,
+    kappa_ptr,
+    dq_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    part_stride,
+    row_chunks,
+    q_len,
+    row_tiles,
+    first_row,
+    tokens,
+    first_tile,
+    capacity,
+    scale,
+    prior_scale,
+    pbar_min,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program a tile: one pass over its list for f and kappa, one for dq."""
+    ROWS: tl.constexpr = TILE * PADDED_GROUP
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+    length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
+    if length == 0:
+        return
+    token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+    dim = tl.arange(0, BLOCK_DIM)
+    mask = is_real[:, None] & (dim < HEAD_DIM)[None, :]
+    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride + head * q_head_stride
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    per_head = (batch * HEADS + head) * q_len + first_row + token
+    tau = tl.load(tau_ptr + per_head, mask=is_real, other=0.0)
+    row_max = tl.load(row_max_ptr + per_head, mask=is_real, other=float("inf"))  # r = 0 in rows that do not exist
+    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    chunks_ptr += list_start
+    g_ptr += list_start * TILE + tl.arange(0, TILE)[:, None]
+    parts_ptr += (batch * row_chunks * KV_HEADS + kv_head) * HEAD_DIM
+
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    for block in range(0, length, BLOCK):
+        entry = block + tl.arange(0, BLOCK)
+        in_list = entry < length
+        chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
+        summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
+        summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
+        square = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, BLOCK]), 1)
+        g = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
+        f = tl.where(square >= pbar_min * GROUP, g * prior_scale / square, 0.0)
+        tl.store(g_ptr + entry[None, :] * TILE, f, mask=in_list[None, :])
+        total += tl.sum(root, 1)
+        weighted += tl.sum(root * _per_row(f, TILE, PADDED_GROUP, BLOCK), 1)
+    kappa = tl.where(total > 0, weighted / total, 0.0)
+    tl.store(kappa_ptr + per_head, kappa, mask=is_real)
+    tl.debug_barrier()  # every thread reads what all have written
+
+    dq = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for block in range(0, length, BLOCK):
+        entry = block + tl.arange(0, BLOCK)
+        in_list = entry < length
+        chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
+        summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
+        summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
+        f = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
+        ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
+        for part in tl.static_range(PARTS):
+            summary = tl.load(summaries + part * part_stride, mask=summary_mask, other=0.0)
+            dq = tl.dot(ds.to(q.dtype), summary, dq, input_precision="ieee")
+    rows = ((batch * q_len + first_row + token) * HEADS + head) * HEAD_DIM
+    dq_rows = dq_ptr + rows[:, None] + dim[None, :]
+    before = tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq_rows, (before + dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def summaries_kernel(
+    q_ptr,
+    parts_ptr,
+    chunks_ptr,
+    f_ptr,
+    tau_ptr,
+    row_max_ptr,
+    lengths_ptr,
+    kappa_ptr,
+    block_starts_ptr,
+    partial_ptr,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    part_stride,
+    row_chunks,
+    q_len,
+    row_tiles,
+    first_row,
+    first_chunk,
+    tokens,
+    first_tile,
+    tiles,
+    capacity,
+    scale,
+    TILES_IN_CHUNK: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program BLOCK consecutive chunks and a share of the tiles."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+    chunk = block * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = (dim < HEAD_DIM)[None, :]
+    in_row = chunk < capacity
+    summaries = parts_ptr + ((batch * row_chunks + chunk) * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+    block_starts_ptr += (sequence * tl.num_programs(0) + block) * tiles
+
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.maximum(split * share, (block * BLOCK + 1 - first_chunk) * TILES_IN_CHUNK)  # tiles of later chunks
+    dsummaries = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    for tile in range(begin, tl.minimum((split + 1) * share, tiles)):
+        token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+        length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
+        tile_list = (sequence * tiles + tile) * capacity
+        entry = tl.load(block_starts_ptr + tile) + tl.arange(0, BLOCK)
+        listed = tl.load(chunks_ptr + tile_list + entry, mask=entry < length, other=-1)
+        is_listed = listed[:, None] == chunk[None, :]
+        place = tl.sum(tl.where(is_listed, entry[:, None], 0), 0)
+        is_routed = tl.sum(is_listed.to(tl.int32), 0) > 0
+        f_rows = f_ptr + (tile_list + place)[None, :] * TILE + tl.arange(0, TILE)[:, None]
+        f = tl.load(f_rows, mask=is_routed[None, :], other=0.0)
+
+        q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
+        q_rows += head * q_head_stride
+        q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim, other=0.0)
+        per_head = (batch * HEADS + head) * q_len + first_row + token
+        tau = tl.load(tau_ptr + per_head, mask=is_real, other=0.0)
+        row_max = tl.load(row_max_ptr + per_head, mask=is_real, other=float("inf"))
+        kappa = tl.load(kappa_ptr + per_head, mask=is_real, other=0.0)
+        mask = in_row[:, None] & in_dim
+        root = _roots(q, summaries, part_stride, mask, is_routed, row_max, tau, 0.5 * scale, PARTS)
+        ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
+        ds = tl.where(is_routed[None, :], ds, 0.0)  # kappa is not written where a tile's list is empty
+        dsummaries = tl.dot(tl.trans(ds.to(q.dtype)), q, dsummaries, input_precision="ieee")
+    rows = (split.to(tl.int64) * tl.num_programs(2) + sequence) * (tl.num_programs(0) * BLOCK) + chunk
+    tl.store(partial_ptr + rows[:, None] * HEAD_DIM + dim[None, :], dsummaries * scale, mask=in_dim)
+
+
+@triton.jit
+def _roots(q, summaries, part_stride, mask, is_listed, row_max, tau, scale, PARTS: tl.constexpr):
+    """r = max(z - tau, 0) [rows, chunks] of q [rows, head_dim] and the summaries at pointers [chunks, head_dim]."""
+    z = tl.dot(q, tl.trans(tl.load(summaries, mask=mask, other=0.0)), input_precision="ieee")
+    for part in tl.static_range(1, PARTS):
+        low = tl.load(summaries + part * part_stride, mask=mask, other=0.0)
+        z = tl.dot(q, tl.trans(low), z, input_precision="ieee")
+    root = tl.maximum(z * scale - row_max[:, None] - tau[:, None], 0.0)
+    return tl.where(is_listed[None, :], root, 0.0)
+
+
+@triton.jit
+def _per_row(values, TILE: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """[TILE, BLOCK] -> [TILE * PADDED_GROUP, BLOCK]: a token's values for all its heads."""
+    spread = tl.broadcast_to(values[:, None, :], [TILE, PADDED_GROUP, BLOCK])
+    return tl.reshape(spread, [TILE * PADDED_GROUP, BLOCK])
