@@ -5,6 +5,7 @@ run takes some steps again and appends their lines again: readers take the last 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ class MetricsFile:
             self._file.write("\n")
 
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({key: _finite(value) for key, value in values.items()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: the loss and gradient norm of a skipped step become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

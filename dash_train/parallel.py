@@ -1,5 +1,6 @@
 """The ranks of a run: how a process finds its place, and the few collectives that the trainer needs."""
 
+import atexit
 import logging
 import os
 import socket
@@ -49,7 +50,9 @@ def init_world() -> World:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -81,4 +84,4 @@ def gather_objects(value: Any) -> list[Any]:
 
 def barrier() -> None:
     """Wait for every rank."""
-    dist.barrier()
+    dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)

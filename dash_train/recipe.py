@@ -131,10 +131,11 @@ class Recipe(Section):
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
                 f"train.micro_batch_size ({train.micro_batch_size})"
             )
-        if self.schedule.warmup_steps + (self.schedule.decay_steps or 0) > train.steps:
+        schedule = self.schedule
+        if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) and decay_steps "
-                f"({self.schedule.decay_steps or 0}) exceed train.steps ({train.steps})"
+                f"schedule.warmup_steps ({schedule.warmup_steps}) plus schedule.decay_steps ({schedule.decay_steps}) "
+                f"exceed train.steps ({train.steps})"
             )
         if train.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(

@@ -31,6 +31,8 @@ from dash_train.throughput import Throughput
 from dash_train.totals import Totals
 from dash_train.tracking import Tracker, write_environment
 
+CALIBRATION_TOKENS = 16384  # `routing_scale: auto` looks at about so many, but at no more than the first batch
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +70,7 @@ class Trainer:
             self._calibrate()
         if self.world.is_main:
             self._write_run_files()
+            self._announce()
 
     def train(self) -> None:
         """Train to the last step; save, validate and draw along the way."""
@@ -226,7 +229,8 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Settle `routing_scale: auto`. Every rank looks at the run's first rows, and so finds the same scales."""
-        rows = self.recipe.train.micro_batch_size
+        train = self.recipe.train
+        rows = min(train.global_batch_size, max(train.micro_batch_size, CALIBRATION_TOKENS // train.seq))
         batches = step_batches(self.training_rows, global_batch_size=rows, micro_batch_size=rows, rank=0, world=1)
         with closing(batches):
             inputs = self._to_device(next(batches).micro_batches[0])
@@ -258,6 +262,22 @@ class Trainer:
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _announce(self) -> None:
+        train, ranks = self.recipe.train, self.world.size
+        logger.info(
+            "%s parameters; a step is %d rows of %d tokens: %d rank(s) x %d micro-batch(es) of %d; rows are %.1f %% "
+            "full; step %d of %d",
+            f"{self.throughput.parameters:,}",
+            train.global_batch_size,
+            train.seq,
+            ranks,
+            train.global_batch_size // (ranks * train.micro_batch_size),
+            train.micro_batch_size,
+            100 * self.training_rows.fill(),
+            self.step,
+            train.steps,
+        )
 
     def _write_run_files(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,9 @@ def test_the_last_line_of_a_step_counts_and_torn_lines_do_not(tmp_path):
     metrics = MetricsFile(tmp_path)
     metrics.write(line(2, loss=3.0))
     metrics.write({"step": 2, "validation_loss": 4.0})
+    metrics.write(line(3, grad_norm=float("inf")))
     metrics.close()
     training, validation = read_metrics(tmp_path)
-    assert [(values["step"], values["loss"]) for values in training] == [(1, 1.0), (2, 3.0)]
+    assert [(values["step"], values["loss"]) for values in training] == [(1, 1.0), (2, 3.0), (3, 1.0)]
+    assert training[-1]["grad_norm"] is None
     assert validation == [{"step": 2, "validation_loss": 4.0}]
