@@ -1,5 +1,6 @@
 """Stage 2 in Triton: attention over the own chunk and a tile's list of routed chunks."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,11 +28,12 @@ def attend_segment(
 
     lse [batch, heads, q_len] fp32: the natural logarithm of the softmax's denominator, log-prior included.
     """
-    block = [1, shape.chunk_size, 1, triton.next_power_of_2(shape.head_dim)]
+    block_dim = triton.next_power_of_2(shape.head_dim)
+    keys = min(shape.chunk_size, 16 if k.dtype == torch.float32 else 64)
     attend_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         q,
-        TensorDescriptor.from_tensor(k, block),
-        TensorDescriptor.from_tensor(v, block),
+        TensorDescriptor.from_tensor(k, [1, keys, 1, block_dim]),
+        TensorDescriptor.from_tensor(v, [1, keys, 1, block_dim]),
         *lists,
         routing.union_chunks,
         out,
@@ -47,16 +49,11 @@ def attend_segment(
         TILE=shape.tile_tokens,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
-        BLOCK_DIM=block[-1],
-        STAGES=_stages(k, shape),
+        BLOCK_DIM=block_dim,
+        KEYS=keys,
+        STAGES=4 if block_dim <= 128 else 2,  # blocks of keys and values in flight; on an SM two programs fit at 128
         num_warps=4,
     )
-
-
-def _stages(k: Tensor, shape: Shape) -> int:
-    """How many chunks of keys and values shared memory holds at a time: three where two programs still fit on an SM."""
-    chunk_bytes = 2 * shape.chunk_size * triton.next_power_of_2(shape.head_dim) * k.element_size()
-    return 3 if chunk_bytes <= 2**15 else 2 if chunk_bytes <= 2**16 else 1
 
 
 @triton.jit
@@ -87,6 +84,7 @@ def attend_kernel(
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program a tile, the longest histories first. Logits are in units of log 2: scale and prior hold log2 e."""
@@ -109,28 +107,36 @@ def attend_kernel(
     # shared memory, whose bandwidth limits this kernel; what was computed stays in registers.
     q = tl.where(is_real[:, None], q, 0.0)
 
-    # The own chunk: causal, no prior. Every row sees at least its own key, so the maximum is finite from here on.
+    # The own chunk: causal, no prior. Every row sees its first key, so the maximum is finite from there on.
     own = (first_position + tile * TILE) // CHUNK
     k_head = kv_head.to(tl.int32)
     k_batch = batch.to(tl.int32)
-    k = k_tiles.load([k_batch, own * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
-    v = v_tiles.load([k_batch, own * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
-    is_seen = (own * CHUNK + tl.arange(0, CHUNK))[None, :] <= (first_position + token)[:, None]
-    logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-    highest = tl.max(logits, 1)
-    weights = tl.exp2(logits - highest[:, None])
-    total = tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for key in tl.range(own * CHUNK, (own + 1) * CHUNK, KEYS, num_stages=1):
+        k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        is_seen = (key + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]
+        logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_highest[:, None])
+        rescale = tl.exp2(highest - new_highest)
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        highest = new_highest
 
     list_start = (sequence * tl.num_programs(0) + tile) * capacity
     chunks_ptr += list_start
     prior_ptr += list_start * TILE + row // PADDED_GROUP
     length = tl.load(union_ptr + sequence * row_tiles + first_tile + tile)
-    for entry in tl.range(0, length, num_stages=STAGES):
-        chunk = tl.load(chunks_ptr + entry)
+    BLOCKS: tl.constexpr = CHUNK // KEYS
+    for step in tl.range(0, length * BLOCKS, num_stages=STAGES):
+        entry = step // BLOCKS
+        key = tl.load(chunks_ptr + entry) * CHUNK + step % BLOCKS * KEYS
         prior = tl.load(prior_ptr + entry * TILE)
-        k = k_tiles.load([k_batch, chunk * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
-        v = v_tiles.load([k_batch, chunk * CHUNK, k_head, 0]).reshape(CHUNK, BLOCK_DIM)
+        k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         new_highest = tl.maximum(highest, tl.max(logits, 1) * scale + prior)
         weights = tl.exp2(logits * scale + (prior - new_highest)[:, None])

@@ -21,7 +21,7 @@ from torch import Tensor
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape
 
-STREAMED_WIDTH = 256  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
+STREAMED_WIDTH = 512  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
 MAX_STEPS = tl.constexpr(16)
 TOLERANCE = tl.constexpr(1e-6)  # on |sum p - 1|
 SLACK = tl.constexpr(1e-5)  # how far below a sample's threshold a chunk may lie and is still kept: covers rounding

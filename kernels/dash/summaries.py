@@ -17,6 +17,7 @@ def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[T
     chunks = triton.cdiv(seq, chunk_size)
     summaries = k.new_empty(batch, chunks, kv_heads, head_dim, dtype=torch.float32)
     parts = k.new_empty(1 if k.dtype == torch.float32 else 2, *summaries.shape)
+    block_dim = triton.next_power_of_2(head_dim)
     summaries_kernel[(chunks, batch * kv_heads)](
         k,
         chunk_query.contiguous(),
@@ -28,9 +29,10 @@ def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[T
         parts.stride(0),
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=block_dim,
         CHUNK=chunk_size,
         PARTS=parts.shape[0],
+        num_warps=4 if chunk_size * block_dim <= 2**13 else 8,
     )
     return summaries, parts
 

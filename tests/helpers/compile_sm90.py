@@ -1,0 +1,82 @@
+"""Compiles for an H100, without one, the kernels that a forward pass would launch; prints what each of them takes.
+
+python tests/helpers/compile_sm90.py SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dash_train.kernels.dash.forward import dash_forward
+from dash_train.kernels.dash.stages import DashConfig
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+OPTIONS = {"num_warps", "num_stages"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> dict[str, tuple[Any, ...]]:
+    """The launches of a bf16 forward pass, recorded in place of being run: kernels by name and constants, arguments."""
+    recorded = {}
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        details = [f"{name}={constants[name]}" for name in ("WIDTH", "RESIDENT") if name in constants]
+        recorded[" ".join([kernel.__name__, *details])] = (kernel, args, constants)
+
+    JITFunction.run = record
+    q = torch.empty(1, seq, heads, head_dim, dtype=torch.bfloat16)
+    k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
+    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
+    starts = torch.zeros(1, seq, dtype=torch.int32)
+    dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
+    return recorded
+
+
+def compile_launch(kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, int]:
+    """As the launcher would compile it for compute capability 9.0."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in constants.items() if name not in OPTIONS}
+    signature, constexprs, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {name: value for name, value in constants.items() if name in OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack_bytes": numbers["STACK"],
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "mma_sync": compiled.asm["ptx"].count("mma.sync"),
+    }
+
+
+if __name__ == "__main__":
+    recorded = launches(*map(int, sys.argv[1:]))
+    print(json.dumps({name: compile_launch(*launch) for name, launch in recorded.items()}))
