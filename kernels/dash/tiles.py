@@ -6,12 +6,15 @@ the list of the chunks that any of its tokens is routed to. A list has room for 
 overflows it; lists of all tiles at once would be quadratic in memory, hence the segments.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 TILE_ROWS = 64  # the rows of one warpgroup's matrix instruction
 RESIDENT_CHUNKS = 512  # the scores of so many chunks fit into a program's registers
@@ -103,7 +106,9 @@ def new_lists(shape: Shape, query_starts: tuple[int, ...], device: torch.device)
 
     The longest come first: while the device works on them the host gets ahead with launching the short ones.
     """
-    workspace = torch.empty(workspace_bytes(shape, query_starts) // 4, dtype=torch.int32, device=device)
+    size_in_bytes = workspace_bytes(shape, query_starts)
+    logger.debug("lists of %s: %d bytes", shape, size_in_bytes)
+    workspace = torch.empty(size_in_bytes // 4, dtype=torch.int32, device=device)
     for segment in sorted(segments(shape, query_starts), key=lambda segment: -segment.chunks):
         size = (shape.batch * shape.kv_heads, shape.tiles(segment.tokens), segment.chunks)
         entries = size[0] * size[1] * size[2]
