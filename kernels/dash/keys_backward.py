@@ -54,45 +54,46 @@ def keys_backward_segment(
     partial = torch.empty(SLOTS, 2, shape.chunk_size, shape.head_dim, device=q.device)
     keys = min(shape.chunk_size, MAX_KEYS)
     block_dim = triton.next_power_of_2(shape.head_dim)
-    grid = (len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys)
     rows = [1, shape.tile_tokens, shape.padded_group, block_dim]
-    keys_backward_kernel[grid](
+    inputs = (
         TensorDescriptor.from_tensor(q, rows),
+        TensorDescriptor.from_tensor(dout, rows),
         k,
         v,
+        lse,
+        delta,
+    )
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    sizes = (shape.q_len, shape.seq, shape.tiles(segment.tokens), *segment, shape.head_dim**-0.5, LOG2_E)
+    common = {
+        "KV_HEADS": shape.kv_heads,
+        "GROUP": shape.group,
+        "PADDED_GROUP": shape.padded_group,
+        "TILE": shape.tile_tokens,
+        "CHUNK": shape.chunk_size,
+        "KEYS": keys,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_DIM": block_dim,
+        "STAGES": 2 if block_dim * q.element_size() <= 256 else 1,
+        "num_warps": 4 if block_dim <= 128 else 8,
+    }
+    sequences = shape.batch * shape.kv_heads
+    own_chunks = triton.cdiv(segment.tokens, shape.chunk_size)
+    own_keys_kernel[(own_chunks, shape.chunk_size // keys, sequences)](*inputs, dk, dv, *strides, *sizes, **common)
+    listed_keys_kernel[(len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys)](
+        *inputs,
+        dk,
+        dv,
         lists.prior,
         inverse.entries,
         inverse.counts,
         *pieces,
-        TensorDescriptor.from_tensor(dout, rows),
-        lse,
-        delta,
-        dk,
-        dv,
         partial,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        shape.q_len,
-        shape.seq,
-        shape.tiles(segment.tokens),
-        segment.row,
-        segment.position,
-        segment.tokens,
-        segment.chunks,
         len(pieces.owners),
         len(pieces.slots),
-        shape.head_dim**-0.5,
-        LOG2_E,
-        KV_HEADS=shape.kv_heads,
-        GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TILE=shape.tile_tokens,
-        CHUNK=shape.chunk_size,
-        KEYS=keys,
-        HEAD_DIM=shape.head_dim,
-        BLOCK_DIM=block_dim,
-        STAGES=2 if block_dim * q.element_size() <= 256 else 1,
-        num_warps=4 if block_dim <= 128 else 8,
+        *strides,
+        *sizes,
+        **common,
     )
     add_slots_kernel[(len(pieces.slots), shape.chunk_size // 16)](
         pieces.slots,
@@ -119,23 +120,15 @@ def _cut(counts: Tensor, slots: int) -> Pieces:
 
 
 @triton.jit
-def keys_backward_kernel(
+def own_keys_kernel(
     q_tiles,
+    dout_tiles,
     k_ptr,
     v_ptr,
-    prior_ptr,
-    entries_ptr,
-    counts_ptr,
-    length_ptr,
-    slots_ptr,
-    slots_end_ptr,
-    owners_ptr,
-    dout_tiles,
     lse_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
-    partial_ptr,
     k_batch_stride,
     k_token_stride,
     k_head_stride,
@@ -148,9 +141,82 @@ def keys_backward_kernel(
     first_row,
     first_position,
     tokens,
+    first_tile,
     capacity,
+    scale,
+    log2_e,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program KEYS keys of a chunk in the segment, over the chunk's own tokens: causal, no prior."""
+    chunk = first_position // CHUNK + tl.program_id(0)
+    sequence = tl.program_id(2).to(tl.int64)  # batch * KV_HEADS + KV head
+    batch = sequence // KV_HEADS
+    kv_head = sequence % KV_HEADS
+    key = chunk * CHUNK + tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    k_ptr += batch * k_batch_stride + kv_head * k_head_stride
+    v_ptr += batch * v_batch_stride + kv_head * v_head_stride
+    k = _load_keys(k_ptr, key, k_token_stride, seq, HEAD_DIM, BLOCK_DIM)
+    v = _load_keys(v_ptr, key, v_token_stride, seq, HEAD_DIM, BLOCK_DIM)
+    dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
+    first = tl.program_id(0) * (CHUNK // TILE)
+    for tile in tl.range(first, tl.minimum(first + CHUNK // TILE, tiles), num_stages=STAGES):
+        token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+        is_seen = key[:, None] <= (first_position + token)[None, :]
+        per_head = (batch * KV_HEADS * GROUP + head) * q_len + first_row + token
+        lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
+        delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
+        place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
+        q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+        dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+        shift = tl.where(is_seen, -lse[None, :], float("-inf"))
+        dk, dv = _add_tile(dk, dv, q, k, v, dout, shift, delta, scale * log2_e)
+    _add_to(dk_ptr, dk * scale, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
+    _add_to(dv_ptr, dv, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit
+def listed_keys_kernel(
+    q_tiles,
+    dout_tiles,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    prior_ptr,
+    entries_ptr,
+    counts_ptr,
+    length_ptr,
+    slots_ptr,
+    slots_end_ptr,
+    owners_ptr,
+    partial_ptr,
     slots,
     owners,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    q_len,
+    seq,
+    tiles,
+    first_row,
+    first_position,
+    tokens,
+    first_tile,
+    capacity,
     scale,
     log2_e,
     KV_HEADS: tl.constexpr,
@@ -175,66 +241,51 @@ def keys_backward_kernel(
         piece = slot - tl.load(slots_end_ptr + owner) + tl.load(slots_ptr + owner) + 1
     first_entry = piece * length
     last_entry = tl.minimum(first_entry + length, tl.load(counts_ptr + owner))
+    if first_entry >= last_entry:
+        return
     sequence = (owner // capacity).to(tl.int64)  # batch * KV_HEADS + KV head
-    chunk = owner % capacity
     batch = sequence // KV_HEADS
     kv_head = sequence % KV_HEADS
-
-    dim = tl.arange(0, BLOCK_DIM)
-    in_dim = (dim < HEAD_DIM)[None, :]
-    start = tl.program_id(1) * KEYS
-    key = chunk * CHUNK + start + tl.arange(0, KEYS)
-    mask = (key < seq)[:, None] & in_dim
-    k_rows = k_ptr + batch * k_batch_stride + kv_head * k_head_stride + key.to(tl.int64) * k_token_stride
-    v_rows = v_ptr + batch * v_batch_stride + kv_head * v_head_stride + key.to(tl.int64) * v_token_stride
-    k = tl.load(k_rows[:, None] + dim[None, :], mask=mask, other=0.0)
-    v = tl.load(v_rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    in_chunk = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    key = (owner % capacity) * CHUNK + in_chunk
+    k_ptr += batch * k_batch_stride + kv_head * k_head_stride
+    v_ptr += batch * v_batch_stride + kv_head * v_head_stride
+    k = _load_keys(k_ptr, key, k_token_stride, seq, HEAD_DIM, BLOCK_DIM)
+    v = _load_keys(v_ptr, key, v_token_stride, seq, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
-
-    lse_ptr += batch * KV_HEADS * GROUP * q_len
-    delta_ptr += batch * KV_HEADS * GROUP * q_len
-    prior_ptr += sequence * tiles * capacity * TILE
     entries_ptr += owner.to(tl.int64) * tiles
-    logit_scale = scale * log2_e
-
-    # The chunk's own tokens, if the segment holds them: causal, no prior.
-    own_tile = (chunk - first_position // CHUNK) * (CHUNK // TILE)
-    if (piece == 0) & (own_tile >= 0):
-        for tile in tl.range(own_tile, tl.minimum(own_tile + CHUNK // TILE, tiles), num_stages=1):
-            token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-            is_seen = key[:, None] <= (first_position + token)[None, :]
-            prior = tl.where(is_seen, 0.0, float("-inf"))
-            per_head = head * q_len + first_row + token
-            lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
-            delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
-            place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
-            q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-            dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-            dk, dv = _add_tile(dk, dv, q, k, v, dout, prior - lse[None, :], delta, logit_scale)
+    prior_ptr += sequence * tiles * capacity * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP
     for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
         listed = tl.load(entries_ptr + entry)
         tile = listed // capacity
+        prior = tl.load(prior_ptr + listed.to(tl.int64) * TILE)
         token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-        prior = tl.load(prior_ptr + listed.to(tl.int64) * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP)
-        per_head = head * q_len + first_row + token
+        per_head = (batch * KV_HEADS * GROUP + head) * q_len + first_row + token
         lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
         delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
         place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
         q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-        dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, logit_scale)
-
+        dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e)
     dk *= scale
-    in_chunk = start + tl.arange(0, KEYS)
     if slot < slots:
+        dim = tl.arange(0, BLOCK_DIM)
+        in_dim = (dim < HEAD_DIM)[None, :]
         offset = (slot.to(tl.int64) * 2 * CHUNK + in_chunk)[:, None] * HEAD_DIM + dim[None, :]
         tl.store(partial_ptr + offset, dk, mask=in_dim)
         tl.store(partial_ptr + CHUNK * HEAD_DIM + offset, dv, mask=in_dim)
     else:
-        offset = (sequence * seq + key)[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(dk_ptr + offset, tl.load(dk_ptr + offset, mask=mask) + dk, mask=mask)
-        tl.store(dv_ptr + offset, tl.load(dv_ptr + offset, mask=mask) + dv, mask=mask)
+        _add_to(dk_ptr, dk, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
+        _add_to(dv_ptr, dv, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit
+def _load_keys(rows, key, stride, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Through registers into shared memory; what the copy engine brings would stay in registers, which are scarce."""
+    dim = tl.arange(0, BLOCK_DIM)
+    mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(rows + key.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -245,6 +296,14 @@ def _add_tile(dk, dv, q, k, v, dout, shift, delta, logit_scale):
     dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
     dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
+
+
+@triton.jit
+def _add_to(total_ptr, share, sequence, key, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    dim = tl.arange(0, BLOCK_DIM)
+    mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
+    total_ptr += (sequence * seq + key)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(total_ptr, tl.load(total_ptr, mask=mask) + share, mask=mask)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def routing_backward_segment(
     }
     score_scale = config.routing_scale * shape.head_dim**-0.5
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    queries_kernel[(tiles, sequences)](
+    routing_queries_kernel[(tiles, sequences)](
         q,
         parts,
         *lists,
@@ -74,7 +74,7 @@ def routing_backward_segment(
     blocks = inverse.block_starts.shape[1]
     splits = max(1, min(tiles, PROGRAMS // (blocks * sequences)))
     partial = torch.empty(splits, sequences, blocks * BLOCK_CHUNKS, shape.head_dim, device=q.device)
-    summaries_kernel[(blocks, splits, sequences)](
+    routing_summaries_kernel[(blocks, splits, sequences)](
         q,
         parts,
         *lists,
@@ -103,7 +103,7 @@ def routing_backward_segment(
 
 
 @triton.jit
-def queries_kernel(
+def routing_queries_kernel(
     q_ptr,
     parts_ptr,
     chunks_ptr,
@@ -198,7 +198,7 @@ def queries_kernel(
 
 
 @triton.jit
-def summaries_kernel(
+def routing_summaries_kernel(
     q_ptr,
     parts_ptr,
     chunks_ptr,
