@@ -87,3 +87,22 @@ def error_against_reference(tensors: list[Tensor], options: dict[str, Any]) -> t
     exact = [t.double() for t in tensors]
     expected, truth = dash_attention(*exact, **options, backend="reference", support=stats.support(), return_stats=True)
     return relative_error(out, expected), stats, truth
+
+
+def gradient_errors(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, float]:
+    """Of Triton's output and gradients against the float64 reference on Triton's own support, relative.
+
+    A chunk query without influence (a row of one chunk) has a gradient of exactly zero: its error is its norm.
+    """
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    out, stats = dash_attention(*inputs, **options, backend="triton", return_stats=True)
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, upstream)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected = dash_attention(*exact, **options, backend="reference", support=stats.support())
+    truth = torch.autograd.grad(expected, exact, upstream.double())
+    errors = {"out": relative_error(out, expected)}
+    for name, gradient, correct in zip(("q", "k", "v", "chunk_query"), gradients, truth, strict=True):
+        assert gradient.dtype == out.dtype
+        errors[name] = relative_error(gradient, correct) if correct.any() else gradient.double().norm().item()
+    return errors
