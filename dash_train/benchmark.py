@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_train.errors import UserError
+from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.attend import attend_segment
 from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.lists import list_segment, new_prior
@@ -142,6 +143,37 @@ def _routing(case: AttentionCase, q: Tensor, k: Tensor, chunk_query: Tensor, con
     return active / eligible, shape.tile_tokens * routing.union_chunks.sum().item() / max(active, 1)
 
 
+def run_backward(case: AttentionCase) -> dict[str, float | str]:
+    """Milliseconds of forward and backward pass together, of each kernel in them, and of cuDNN; memory."""
+    inputs = make_inputs(case)
+    tensors = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.chunk_query)]
+    upstream = torch.randn_like(inputs.q)
+    config = asdict(inputs.config)
+
+    def whole() -> None:
+        torch.autograd.grad(dash_attention(*tensors, **config, backend="triton"), tensors, upstream)
+
+    row: dict[str, float | str] = {"density": inputs.density, "union": inputs.union}
+    total = _milliseconds(whole)
+    row["forward_backward_ms"] = total
+    row["extra_gib"] = _extra_memory(whole) - sum(t.nbytes for t in (upstream, *tensors)) / 2**30
+    row |= _kernel_times(whole)
+    row["cudnn_ms"] = _peer_time(case, inputs, PEERS["cudnn"], upstream)
+    if isinstance(row["cudnn_ms"], float):
+        row["speedup_over_cudnn"] = row["cudnn_ms"] / total
+    return row
+
+
+def _kernel_times(function: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that one run spends in each kernel, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    times = {event.key: event.device_time_total / 1000 for event in profile.key_averages()}
+    longest = sorted(times, key=lambda name: -times[name])
+    return {f"{name[:40]}_ms": times[name] for name in longest if times[name] > 0.01}
+
+
 def run(case: AttentionCase) -> dict[str, float | str]:
     """Milliseconds of each stage, of the whole forward pass and of its peers; rates and memory.
 
@@ -201,14 +233,26 @@ def _stage_times(case: AttentionCase, inputs: Inputs, starts: Tensor) -> dict[st
     return result | {"listed_chunks": float(routing.union_chunks.sum())}
 
 
-def _peer_time(case: AttentionCase, inputs: Inputs, backend: SDPBackend) -> float | str:
-    """Full causal attention; the KV heads are repeated beforehand, which is not timed."""
+def _peer_time(case: AttentionCase, inputs: Inputs, backend: SDPBackend, upstream: Tensor | None = None) -> float | str:
+    """Full causal attention, with `upstream` (a gradient like q) also backward.
+
+    The KV heads are repeated beforehand, which is not timed, nor is the sum of their gradients.
+    """
     try:
         group = case.heads // case.kv_heads
-        q = inputs.q.transpose(1, 2).contiguous()
-        k, v = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (inputs.k, inputs.v))
-        with sdpa_kernel(backend), torch.no_grad():
-            return _milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=5)
+        q = inputs.q.detach().transpose(1, 2).contiguous()
+        k, v = (t.detach().transpose(1, 2).repeat_interleave(group, 1) for t in (inputs.k, inputs.v))
+        if upstream is None:
+            with sdpa_kernel(backend), torch.no_grad():
+                return _milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=5)
+        tensors = [t.requires_grad_() for t in (q, k, v)]
+        gradient = upstream.transpose(1, 2).contiguous()
+
+        def whole() -> None:
+            torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), tensors, gradient)
+
+        with sdpa_kernel(backend):
+            return _milliseconds(whole, repeats=5)
     except RuntimeError as error:  # out of memory is one
         return str(error).splitlines()[0]
 

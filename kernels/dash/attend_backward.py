@@ -7,10 +7,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.lists import LOG2_E
-from dash_train.kernels.dash.rows import tile_rows
+from dash_train.kernels.dash.rows import keys_in_product, product_precision, tile_rows
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
-
-MAX_KEYS = 64  # keys of one matrix product: a chunk of 128 is two
 
 
 def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
@@ -48,9 +46,8 @@ def attend_backward_segment(
 
     dout like q, contiguous; lse, delta [batch, heads, q_len]; lengths [batch, kv_heads, tiles] of the lists.
     """
-    keys = min(shape.chunk_size, MAX_KEYS)
+    keys = keys_in_product(k, shape)
     block = [1, keys, 1, triton.next_power_of_2(shape.head_dim)]
-    key_bytes = 2 * shape.chunk_size * block[-1] * k.element_size()
     attend_backward_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         q,
         TensorDescriptor.from_tensor(k, block),
@@ -76,7 +73,8 @@ def attend_backward_segment(
         KEYS=keys,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=block[-1],
-        STAGES=3 if key_bytes <= 2**15 else 2 if key_bytes <= 2**16 else 1,
+        PRECISION=product_precision(shape),
+        STAGES=3 if block[-1] <= 128 else 2,
         num_warps=4 if block[-1] <= 128 else 8,
     )
 
@@ -135,6 +133,7 @@ def attend_backward_kernel(
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program a tile, the longest histories first. An entry's log-prior is read, then g written over it."""
@@ -162,31 +161,33 @@ def attend_backward_kernel(
     k_batch = batch.to(tl.int32)
     logit_scale = scale * log2_e
     dq = tl.zeros([TILE * PADDED_GROUP, BLOCK_DIM], tl.float32)
-    for start in tl.static_range(0, CHUNK, KEYS):
+    for start in tl.range(0, CHUNK, KEYS, num_stages=1):
         k = k_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         is_seen = (own * CHUNK + start + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]
-        logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale, float("-inf"))
-        dlogits = tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None]
+        logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale, float("-inf"))
+        dlogits = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         dlogits *= tl.exp2(logits - lse[:, None])
-        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
 
     list_start = (sequence * tl.num_programs(0) + tile) * capacity
     chunks_ptr += list_start
     prior_rows = prior_ptr + list_start * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP
     prior_tokens = prior_ptr + list_start * TILE + tl.arange(0, TILE)
     length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
-    for entry in tl.range(0, length, num_stages=STAGES):
-        chunk = tl.load(chunks_ptr + entry)
+    BLOCKS: tl.constexpr = CHUNK // KEYS
+    g = tl.zeros([TILE * PADDED_GROUP], tl.float32)
+    for step in tl.range(0, length * BLOCKS, num_stages=STAGES):
+        entry = step // BLOCKS
+        start = tl.load(chunks_ptr + entry) * CHUNK + step % BLOCKS * KEYS
         shift = tl.load(prior_rows + entry * TILE) - lse
-        g = tl.zeros([TILE * PADDED_GROUP], tl.float32)
-        for start in tl.static_range(0, CHUNK, KEYS):
-            k = k_tiles.load([k_batch, chunk * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
-            v = v_tiles.load([k_batch, chunk * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-            dlogits = tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None]
-            dlogits *= tl.exp2(logits * logit_scale + shift[:, None])
-            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
-            g += tl.sum(dlogits, 1)
-        tl.store(prior_tokens + entry * TILE, tl.sum(tl.reshape(g, [TILE, PADDED_GROUP]), 1))
+        k = k_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        v = v_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dlogits = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+        dlogits *= tl.exp2(logits * logit_scale + shift[:, None])
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
+        g = tl.where(step % BLOCKS == 0, 0.0, g) + tl.sum(dlogits, 1)
+        if step % BLOCKS == BLOCKS - 1:
+            tl.store(prior_tokens + entry * TILE, tl.sum(tl.reshape(g, [TILE, PADDED_GROUP]), 1))
     tl.store(dq_ptr + rows[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -62,8 +62,7 @@ def dash_attention(
     obstacle = triton_obstacle(q, k, v, chunk_query, chunk_size=chunk_size, support=support)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, chunk_query))
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle and not needs_grad):
+    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
         from dash_train.kernels.dash.operator import dash_attention_triton  # triton, which only this backend needs
 
         out, stats = dash_attention_triton(

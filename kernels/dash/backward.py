@@ -33,11 +33,10 @@ def dash_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and chunk_query, in their types, contiguous.
 
-    dout like q; out and lse as dash_forward returned them; all else as it was given.
+    dout contiguous, like q; q, k and v as the copy engine wants them; out and lse as dash_forward returned them.
     """
     shape = shape_of(q, k, config.chunk_size)
     sequences = shape.batch * shape.kv_heads
-    dout = dout.contiguous()
     delta = row_deltas(out, dout)
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     routing = new_routing(shape, len(query_starts), q.device)

@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_train.kernels.dash.attend_backward import MAX_KEYS
 from dash_train.kernels.dash.inverse import Inverse
 from dash_train.kernels.dash.lists import LOG2_E
-from dash_train.kernels.dash.rows import tile_rows
+from dash_train.kernels.dash.rows import keys_in_product, product_precision, tile_rows
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 
 SLOTS = 1024  # 64 MiB at chunk_size 64 and head_dim 128
@@ -52,7 +51,7 @@ def keys_backward_segment(
     """
     pieces = _cut(inverse.counts, SLOTS)
     partial = torch.empty(SLOTS, 2, shape.chunk_size, shape.head_dim, device=q.device)
-    keys = min(shape.chunk_size, MAX_KEYS)
+    keys = keys_in_product(k, shape)
     block_dim = triton.next_power_of_2(shape.head_dim)
     rows = [1, shape.tile_tokens, shape.padded_group, block_dim]
     inputs = (
@@ -74,6 +73,7 @@ def keys_backward_segment(
         "KEYS": keys,
         "HEAD_DIM": shape.head_dim,
         "BLOCK_DIM": block_dim,
+        "PRECISION": product_precision(shape),
         "STAGES": 2 if block_dim * q.element_size() <= 256 else 1,
         "num_warps": 4 if block_dim <= 128 else 8,
     }
@@ -153,6 +153,7 @@ def own_keys_kernel(
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program KEYS keys of a chunk in the segment, over the chunk's own tokens: causal, no prior."""
@@ -178,7 +179,7 @@ def own_keys_kernel(
         q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         shift = tl.where(is_seen, -lse[None, :], float("-inf"))
-        dk, dv = _add_tile(dk, dv, q, k, v, dout, shift, delta, scale * log2_e)
+        dk, dv = _add_tile(dk, dv, q, k, v, dout, shift, delta, scale * log2_e, PRECISION)
     _add_to(dk_ptr, dk * scale, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
     _add_to(dv_ptr, dv, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
 
@@ -227,6 +228,7 @@ def listed_keys_kernel(
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program a piece and KEYS keys: the pieces that go to slots, then every chunk's first."""
@@ -267,7 +269,7 @@ def listed_keys_kernel(
         place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
         q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-        dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e)
+        dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
     dk *= scale
     if slot < slots:
         dim = tl.arange(0, BLOCK_DIM)
@@ -289,12 +291,12 @@ def _load_keys(rows, key, stride, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.con
 
 
 @triton.jit
-def _add_tile(dk, dv, q, k, v, dout, shift, delta, logit_scale):
+def _add_tile(dk, dv, q, k, v, dout, shift, delta, logit_scale, PRECISION: tl.constexpr):
     """dk / scale and dv with one tile's share added. shift [KEYS or 1, rows]: log2(e) (log-prior - lse)."""
-    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * logit_scale + shift)
-    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-    dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale + shift)
+    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+    dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 

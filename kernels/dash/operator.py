@@ -34,7 +34,6 @@ def dash_attention_triton(
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
-    q, k, v = (t if _suits_the_copy_engine(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     out, _, tau, row_max, normalizer, active_chunks, union_chunks, residual = forward_operator(
         q, k, v, chunk_query, document_starts, query_starts, *astuple(config)
     )
@@ -73,10 +72,8 @@ def forward_operator(
     prior_normalizer: str,
     prior_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dash_forward: (out, lse, tau, row_max, normalizer, active_chunks, union_chunks, residual).
-
-    q, k and v as the copy engine wants them. Only `out` has a gradient.
-    """
+    """dash_forward: out, lse, tau, row_max, normalizer, active_chunks, union_chunks, residual. `out` has a gradient."""
+    q, k, v = (_for_the_copy_engine(t) for t in (q, k, v))
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     forward = dash_forward(
         q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
@@ -110,6 +107,7 @@ def backward_operator(
     prior_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dash_backward: the gradients of q, k, v and chunk_query."""
+    dout, q, k, v = (_for_the_copy_engine(t) for t in (dout.contiguous(), q, k, v))
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     return dash_backward(
         dout,
@@ -182,10 +180,12 @@ forward_operator.register_autograd(_backward, setup_context=_save)
 backward_operator.register_autograd(_no_second_derivative)
 
 
-def _suits_the_copy_engine(t: Tensor) -> bool:
-    """Head vectors are contiguous, and every one of them starts on a multiple of 16 bytes."""
+def _for_the_copy_engine(t: Tensor) -> Tensor:
+    """As it is if head vectors are contiguous and every one starts on a multiple of 16 bytes, else a copy."""
     strides_in_bytes = [stride * t.element_size() for stride in t.stride()[:-1]]
-    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides_in_bytes)
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides_in_bytes):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _support(

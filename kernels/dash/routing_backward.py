@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash.inverse import BLOCK_CHUNKS, Inverse
 from dash_train.kernels.dash.routing import Routing
-from dash_train.kernels.dash.rows import tile_rows
+from dash_train.kernels.dash.rows import product_precision, tile_rows
 from dash_train.kernels.dash.stages import PBAR_GRADIENT_MIN, DashConfig
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 
@@ -45,6 +45,7 @@ def routing_backward_segment(
         "HEAD_DIM": shape.head_dim,
         "BLOCK_DIM": triton.next_power_of_2(shape.head_dim),
         "PARTS": parts.shape[0],
+        "PRECISION": product_precision(shape),
     }
     score_scale = config.routing_scale * shape.head_dim**-0.5
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
@@ -135,6 +136,7 @@ def routing_queries_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program a tile: one pass over its list for f and kappa, one for dq."""
     ROWS: tl.constexpr = TILE * PADDED_GROUP
@@ -167,7 +169,7 @@ def routing_queries_kernel(
         chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
         summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
         summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
-        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS, PRECISION)
         square = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, BLOCK]), 1)
         g = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
         f = tl.where(square >= pbar_min * GROUP, g * prior_scale / square, 0.0)
@@ -185,12 +187,12 @@ def routing_queries_kernel(
         chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
         summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
         summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
-        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS, PRECISION)
         f = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
         ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
         for part in tl.static_range(PARTS):
             summary = tl.load(summaries + part * part_stride, mask=summary_mask, other=0.0)
-            dq = tl.dot(ds.to(q.dtype), summary, dq, input_precision="ieee")
+            dq = tl.dot(ds.to(q.dtype), summary, dq, input_precision=PRECISION)
     rows = ((batch * q_len + first_row + token) * HEADS + head) * HEAD_DIM
     dq_rows = dq_ptr + rows[:, None] + dim[None, :]
     before = tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
@@ -232,6 +234,7 @@ def routing_summaries_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program BLOCK consecutive chunks and a share of the tiles."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -270,21 +273,23 @@ def routing_summaries_kernel(
         row_max = tl.load(row_max_ptr + per_head, mask=is_real, other=float("inf"))
         kappa = tl.load(kappa_ptr + per_head, mask=is_real, other=0.0)
         mask = in_row[:, None] & in_dim
-        root = _roots(q, summaries, part_stride, mask, is_routed, row_max, tau, 0.5 * scale, PARTS)
+        root = _roots(q, summaries, part_stride, mask, is_routed, row_max, tau, 0.5 * scale, PARTS, PRECISION)
         ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
         ds = tl.where(is_routed[None, :], ds, 0.0)  # kappa is not written where a tile's list is empty
-        dsummaries = tl.dot(tl.trans(ds.to(q.dtype)), q, dsummaries, input_precision="ieee")
+        dsummaries = tl.dot(tl.trans(ds.to(q.dtype)), q, dsummaries, input_precision=PRECISION)
     rows = (split.to(tl.int64) * tl.num_programs(2) + sequence) * (tl.num_programs(0) * BLOCK) + chunk
     tl.store(partial_ptr + rows[:, None] * HEAD_DIM + dim[None, :], dsummaries * scale, mask=in_dim)
 
 
 @triton.jit
-def _roots(q, summaries, part_stride, mask, is_listed, row_max, tau, scale, PARTS: tl.constexpr):
+def _roots(
+    q, summaries, part_stride, mask, is_listed, row_max, tau, scale, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
     """r = max(z - tau, 0) [rows, chunks] of q [rows, head_dim] and the summaries at pointers [chunks, head_dim]."""
-    z = tl.dot(q, tl.trans(tl.load(summaries, mask=mask, other=0.0)), input_precision="ieee")
+    z = tl.dot(q, tl.trans(tl.load(summaries, mask=mask, other=0.0)), input_precision=PRECISION)
     for part in tl.static_range(1, PARTS):
         low = tl.load(summaries + part * part_stride, mask=mask, other=0.0)
-        z = tl.dot(q, tl.trans(low), z, input_precision="ieee")
+        z = tl.dot(q, tl.trans(low), z, input_precision=PRECISION)
     root = tl.maximum(z * scale - row_max[:, None] - tau[:, None], 0.0)
     return tl.where(is_listed[None, :], root, 0.0)
 

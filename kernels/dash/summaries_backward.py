@@ -19,6 +19,7 @@ def summaries_backward(
     chunks = summaries.shape[1]
     k_gradient = torch.empty_like(k, memory_format=torch.contiguous_format)
     v_gradient = torch.empty_like(k_gradient)
+    block_dim = triton.next_power_of_2(head_dim)
     summaries_backward_kernel[(chunks, batch * kv_heads)](
         k,
         chunk_query.contiguous(),
@@ -33,8 +34,9 @@ def summaries_backward(
         head_dim**-0.5,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=block_dim,
         CHUNK=chunk_size,
+        num_warps=max(4, min(16, chunk_size * block_dim // 2048)),
     )
     per_chunk = dsummaries.view(batch, kv_heads, chunks, head_dim)
     return k_gradient, v_gradient, per_chunk.sum((0, 2)).to(chunk_query.dtype)

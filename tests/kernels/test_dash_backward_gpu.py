@@ -1,0 +1,91 @@
+"""The Triton backward pass on a GPU: pytest -m gpu tests/kernels"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from dash_cases import TOLERANCE, Case, call, covering_array, gradient_errors
+from torch import Tensor
+
+from dash_train.kernels.dash import dash_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+CASES = covering_array()
+
+
+def gradients(tensors: list[Tensor], options: dict) -> tuple[Tensor, ...]:
+    inputs = [t.detach().requires_grad_() for t in tensors]
+    out = dash_attention(*inputs, **options, backend="triton")
+    return torch.autograd.grad(out.float().square().sum(), inputs)
+
+
+def compile_kernels(case: Case) -> None:
+    gradients(*call(case, 11, "cuda"))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Compiles in as many processes as there are cores; Triton's cache on disk passes the kernels on."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_kernels, CASES))
+
+
+def check(tensors: list[Tensor], options: dict) -> None:
+    for name, error in gradient_errors(tensors, options).items():
+        assert error < TOLERANCE[tensors[0].dtype], name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_the_reference(compiled, case):
+    check(*call(case, 11, "cuda"))
+
+
+def test_many_segments_and_streamed_routing():
+    case = Case(dtype=torch.bfloat16, head_dim=64, group=4, documents=True, ragged=True)
+    check(*call(case, 1100, "cuda", batch=1, kv_heads=1))
+
+
+def test_a_first_chunk_that_everyone_attends_to():
+    """Its tiles are more than one piece of work."""
+    (q, k, v, w), options = call(Case(dtype=torch.bfloat16, head_dim=128, group=16, chunk_size=64), 40, "cuda", batch=1)
+    q[..., 0], k[:, :64, :, 0] = 8.0, 8.0
+    check([q, k, v, w], options)
+
+
+def test_pieces_of_queries():
+    (q, k, v, w), options = call(Case(dtype=torch.bfloat16, group=16, chunk_size=64), 20, "cuda")
+    pieces = torch.cat([q[:, 320:480], q[:, 960:1120]], 1)
+    check([pieces, k, v, w], options | {"query_starts": (320, 960)})
+
+
+def test_repeats_are_equal_to_the_bit():
+    tensors, options = call(Case(dtype=torch.bfloat16, head_dim=128, group=16, chunk_size=64), 150, "cuda")
+    for one, other in zip(gradients(tensors, options), gradients(tensors, options), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_host_never_waits():
+    tensors, options = call(Case(dtype=torch.bfloat16, group=4), 20, "cuda")
+    gradients(tensors, options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(tensors, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_extra_memory_at_131072_tokens():
+    """At any density: at most 1 GiB beyond the inputs, the output and their gradients."""
+    q = torch.randn(1, 2**17, 32, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2**17, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+    w = torch.zeros(2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn_like(q)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = dash_attention(q, k, v, w, routing_scale=16.0, backend="triton")
+    torch.autograd.grad(out, (q, k, v, w), upstream)
+    accounted = sum(t.nbytes for t in (out, q, k, v))
+    assert torch.cuda.max_memory_allocated() - before - accounted <= 2**30
