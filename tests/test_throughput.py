@@ -9,12 +9,11 @@ from dash_train.throughput import attended_flops_per_token, dense_flops_per_toke
 SEQ = 256
 
 
+SHAPE = {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_size": 128, "vocab_size": 512}
+
+
 def config(**changes):
-    return ModelConfig(
-        **{"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_size": 128, "vocab_size": 512},
-        **changes,
-        attention={"type": "full"},
-    )
+    return ModelConfig(**SHAPE, **changes, attention={"type": "full"})
 
 
 @pytest.mark.parametrize("tied", [False, True])
