@@ -16,17 +16,27 @@ CHECKOUT = Path(__file__).parents[2]
 FOLDERS = [Path(os.environ.get("DASH_GOLDEN", "")), CHECKOUT / ".golden", CHECKOUT.parent / "shared" / "golden"]
 FILES = next((files for folder in FOLDERS if (files := sorted(folder.glob("*.safetensors")))), [])
 
+
+def case_of(path: Path) -> dict[str, Any]:
+    """How the file was made."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["case"])
+
+
+# Left padding is not a feature of dash_attention.
+PREFILL_FILES = [path for path in FILES if not any(case_of(path)["left_pad"])]
+DECODE_FILES = [path for path in PREFILL_FILES if case_of(path)["decode_steps"]]
+
 pytestmark = pytest.mark.skipif(not FILES, reason="no golden files in $DASH_GOLDEN, .golden or ../shared/golden")
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The case, and the tensors with queries, keys, values and outputs as [batch, seq, heads, head_dim]."""
     with safe_open(path, "pt") as file:
-        case = json.loads(file.metadata()["case"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name in {"queries", "keys", "values", "out", "decode_out"} & tensors.keys():
         tensors[name] = tensors[name].transpose(1, 2)
-    return case, tensors
+    return case_of(path), tensors
 
 
 def arguments(case: dict[str, Any]) -> dict[str, Any]:
@@ -48,11 +58,9 @@ def tolerance(tensors: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PREFILL_FILES, ids=lambda path: path.stem)
 def test_prefill(path, dtype):
     case, tensors = load(path)
-    if any(case["left_pad"]):
-        pytest.skip("left padding is not a feature of dash_attention")
     q, k, v = (tensors[name][:, : case["prefill_len"]].to(dtype) for name in ("queries", "keys", "values"))
     out, stats = dash_attention(q, k, v, tensors["head_cls"], **arguments(case), return_stats=True)
     assert relative_error(out, tensors["out"]) < tolerance(tensors)
@@ -60,21 +68,17 @@ def test_prefill(path, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PREFILL_FILES, ids=lambda path: path.stem)
 def test_prefill_in_triton(path):
     case, tensors = load(path)
-    if any(case["left_pad"]):
-        pytest.skip("left padding is not a feature of dash_attention")
     q, k, v = (tensors[name][:, : case["prefill_len"]].cuda() for name in ("queries", "keys", "values"))
     out = dash_attention(q, k, v, tensors["head_cls"].cuda(), **arguments(case), backend="triton")
     assert relative_error(out.cpu(), tensors["out"]) < tolerance(tensors)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DECODE_FILES, ids=lambda path: path.stem)
 def test_decode(path):
     case, tensors = load(path)
-    if not case["decode_steps"] or any(case["left_pad"]):
-        pytest.skip("the file has no decode steps, or left padding")
     q, k, v = tensors["queries"].float(), tensors["keys"].float(), tensors["values"].float()
     w, size, prefill = tensors["head_cls"].float(), case["chunk_size"], case["prefill_len"]
     batch, capacity, kv_heads, head_dim = k.shape
