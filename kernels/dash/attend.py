@@ -114,7 +114,10 @@ def attend_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    for key in tl.range(own * CHUNK, (own + 1) * CHUNK, KEYS, num_stages=1):
+    # Constant bounds: a loop of one round vanishes. Left in place it would make the compiler serialize the matrix
+    # products of the loop below, which costs a fifth of this kernel's speed.
+    for start in tl.range(0, CHUNK, KEYS, num_stages=1):
+        key = own * CHUNK + start
         k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         is_seen = (key + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]

@@ -1,4 +1,4 @@
-"""Compiles for an H100, without one, the kernels that a forward pass would launch; prints what each of them takes.
+"""Compiles for an H100, without one, the kernels of a forward and backward pass; prints what each of them takes.
 
 python tests/helpers/compile_sm90.py SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE
 """
@@ -18,16 +18,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dash_train.kernels.dash.backward import dash_backward
 from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.stages import DashConfig
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 OPTIONS = {"num_warps", "num_stages"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> dict[str, tuple[Any, ...]]:
-    """The launches of a bf16 forward pass, recorded in place of being run: kernels by name and constants, arguments."""
+    """The launches of both passes in bf16, recorded in place of being run: kernels by name and constants, arguments."""
     recorded = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
@@ -39,7 +40,9 @@ def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
     starts = torch.zeros(1, seq, dtype=torch.int32)
+    lse = torch.empty(1, heads, seq)
     dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
+    dash_backward(q, q, k, k, k[0, 0], q, lse, config=config, document_starts=starts, query_starts=(0,))
     return recorded
 
 
@@ -66,15 +69,25 @@ def compile_launch(kernel: JITFunction, args: tuple[Any, ...], constants: dict[s
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = _output(TOOLS / "cuobjdump", "-res-usage", file.name)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        remarks = _output(TOOLS / "ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null")
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
         "stack_bytes": numbers["STACK"],
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "serialized": remarks.count("wgmma.mma_async instructions are serialized"),
         "mma_sync": compiled.asm["ptx"].count("mma.sync"),
     }
+
+
+def _output(*command: str | Path) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
 
 
 if __name__ == "__main__":

@@ -19,3 +19,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # without it fresh memory is left as it is
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if 4 chunks' scores were all that fits into registers."""
+    for module in ("tiles", "routing"):
+        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.RESIDENT_CHUNKS", 4)
+        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.MIN_WIDTH", 4)
+    monkeypatch.setattr("dash_train.kernels.dash.routing.STREAMED_WIDTH", 8)

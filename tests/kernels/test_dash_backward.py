@@ -51,6 +51,11 @@ def test_pieces_of_queries():
     check([torch.cat([q[:, 32:64], q[:, 96:128]], 1), k, v, w], options | {"query_starts": (32, 96)})
 
 
+def test_scores_computed_again(streamed):
+    (q, *others), options = call(Case(group=8, head_dim=16, ragged=True), 30, "cpu", batch=1, kv_heads=1)
+    check([q[:, 29 * 16 :], *others], options | {"query_starts": (29 * 16,)})
+
+
 def test_a_first_chunk_that_everyone_attends_to():
     (q, k, v, w), options = call(Case(group=16), 8, "cpu", batch=1)
     q[..., 0], k[:, :16, :, 0] = 4.0, 4.0

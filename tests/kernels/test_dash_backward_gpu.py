@@ -43,9 +43,10 @@ def test_gradients_equal_the_reference(compiled, case):
     check(*call(case, 11, "cuda"))
 
 
-def test_many_segments_and_streamed_routing():
-    case = Case(dtype=torch.bfloat16, head_dim=64, group=4, documents=True, ragged=True)
-    check(*call(case, 1100, "cuda", batch=1, kv_heads=1))
+def test_scores_computed_again():
+    """1,100 chunks."""
+    (q, *others), options = call(Case(dtype=torch.bfloat16, head_dim=64, group=4, documents=True), 1100, "cuda")
+    check([q[:, 1096 * 16 :], *others], options | {"query_starts": (1096 * 16,)})
 
 
 def test_a_first_chunk_that_everyone_attends_to():

@@ -21,15 +21,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if 4 chunks' scores were all that fits into registers."""
-    for module in ("tiles", "routing"):
-        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.RESIDENT_CHUNKS", 4)
-        monkeypatch.setattr(f"dash_train.kernels.dash.{module}.MIN_WIDTH", 4)
-    monkeypatch.setattr("dash_train.kernels.dash.routing.STREAMED_WIDTH", 8)
-
-
 def check(case: Case, chunks: int, last_chunk_only: bool = False) -> None:
     (q, *others), options = call(case, chunks, "cpu")
     if last_chunk_only:
