@@ -19,7 +19,7 @@ pretrain: install  ## tokenizer, training, checkpoint, metrics, figure, export, 
 	$(BIN)/deepspeed --num_accelerators 1 --master_port $(FREE_PORT) launch/pretrain.py recipes/quickstart.yaml
 	rm -rf $(EXPORT)
 	$(BIN)/python launch/export.py $(RUN) $(EXPORT)
-	$(BIN)/python launch/generate.py $(EXPORT) --prompt "def " --max-new-tokens 100 --temperature 0.8 --top-p 0.95
+	$(BIN)/python launch/generate.py $(EXPORT) --prompt "def" --max-new-tokens 100 --temperature 0.7 --top-p 0.9
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10

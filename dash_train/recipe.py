@@ -43,7 +43,7 @@ class ScheduleConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises linearly from 0."""
     decay_steps: PositiveInt | None = None
-    """`wsd`: steps of the final decay; null takes a fifth of the run."""
+    """`wsd`: steps of the final decay, at most those after the warmup; null takes a fifth of the run."""
     decay: Literal["linear", "1-sqrt"] = "1-sqrt"
     """`wsd`: shape of the final decay."""
     min_lr_ratio: Ratio = 0.1
@@ -130,12 +130,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
                 f"train.micro_batch_size ({train.micro_batch_size})"
-            )
-        schedule = self.schedule
-        if schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps ({schedule.warmup_steps}) plus schedule.decay_steps ({schedule.decay_steps}) "
-                f"exceed train.steps ({train.steps})"
             )
         if train.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(

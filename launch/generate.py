@@ -45,7 +45,7 @@ if __name__ == "__main__":
         "model", type=Path, help="an exported folder, or a Hugging Face folder of a Llama or Qwen3 model"
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--prompt", help="the text to continue; better without a space at its end, where words begin")
     prompt.add_argument("--prompts-file", type=Path, help="a file of prompts, one a line")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")

@@ -34,3 +34,9 @@ def test_wsd_is_flat_then_falls(decay, half):
 def test_wsd_decays_over_a_fifth_of_the_run_by_default():
     factors = curve(type="wsd", warmup_steps=0)
     assert factors[79] == 1.0 > factors[80]
+
+
+def test_a_decay_longer_than_the_run_begins_after_the_warmup():
+    factors = curve(steps=30, type="wsd", decay="linear", warmup_steps=10, decay_steps=100, min_lr_ratio=0.0)
+    assert factors[9] == 1.0 > factors[10]
+    assert factors[-1] == pytest.approx(0.0)
