@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -84,7 +84,7 @@ class Trainer:
             world=self.world.size,
             start_step=self.step,
         )
-        with closing(batches):
+        with closing(batches), closing(tracker) if tracker else nullcontext():
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:
@@ -99,10 +99,8 @@ class Trainer:
                 if stopping:
                     logger.info("stopped by %s after step %d; run the same command to resume", stopping, self.step)
                     break
-        if tracker:
-            tracker.close()
-            figure = plot_run(self.run_dir)
-            logger.info("figure: %s", figure)
+        if self.world.is_main:
+            logger.info("figure: %s", plot_run(self.run_dir))
 
     def train_step(self, batches: Iterator[StepBatch]) -> dict[str, Any]:
         """One optimizer step. The gradient is that of the mean loss over all counted tokens of the global batch."""
