@@ -1,0 +1,1 @@
+"""Attention as functions on tensors. Import `dash_train.kernels`, never `kernels`; nothing is imported here."""
