@@ -56,13 +56,13 @@ def _type(annotation: Any) -> str:
         return "null"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{_yaml(value)}`" for value in get_args(annotation))
-    arguments = [arg for arg in get_args(annotation) if not hasattr(arg, "gt") and isinstance(arg, type | object)]
+    arguments = get_args(annotation)
+    if hasattr(annotation, "__metadata__"):  # Annotated: the type, then its bounds
+        return _type(arguments[0])
     if get_origin(annotation) in (list, tuple):
         return f"list of {_type(arguments[0])}"
     if get_origin(annotation) is dict:
         return "mapping"
-    if arguments and hasattr(annotation, "__metadata__"):
-        return _type(arguments[0])
     if arguments:
         return " or ".join(_type(arg) for arg in arguments)
     return {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}.get(annotation.__name__, "")

@@ -1,5 +1,7 @@
 """Sums over the micro-batches and ranks of a step: the loss, the tokens it counts, what the router did."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class Totals:
     @property
     def bits_per_byte(self) -> float:
         """The loss in bits over the bytes of text: comparable between tokenizers."""
-        return (self.loss / self.counts[1].clamp(min=1)).item() / 0.6931471805599453
+        return (self.loss / self.counts[1].clamp(min=1)).item() / math.log(2)
 
     def per_layer(self) -> dict[str, list[float | None]]:
         """What each layer's router did (None for layers that do not route): density, mean number of chunks routed to

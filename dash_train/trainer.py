@@ -122,7 +122,8 @@ class Trainer:
         totals.reduce()
 
         self.step += 1
-        self.tokens += int(step_tokens.item())
+        counted = int(step_tokens.item())
+        self.tokens += counted
         self._watch_nonfinite()
         layers = totals.per_layer()
         return {
@@ -135,7 +136,7 @@ class Trainer:
             "rows_hash": crc32(repr(batch.rows).encode()),
             "skipped_steps": self.skipped_steps,
             "data_wait_seconds": waited,
-            **self.throughput.measure(int(step_tokens.item()), time.perf_counter() - started, layers["routed_chunks"]),
+            **self.throughput.measure(counted, time.perf_counter() - started, layers["routed_chunks"]),
             **layers,
         }
 
