@@ -18,7 +18,6 @@ class Forward(NamedTuple):
 
     out: Tensor  # [batch, q_len, heads, head_dim], in q's type
     lse: Tensor  # [batch, heads, q_len] fp32: natural log of stage 2's denominator, log-prior included
-    summaries: Tensor  # [batch, chunks, kv_heads, head_dim] fp32
     routing: Routing
     prior: Prior
 
@@ -35,7 +34,7 @@ def dash_forward(
 ) -> Forward:
     """All stages. q, k and v as the copy engine wants them."""
     shape = shape_of(q, k, config.chunk_size)
-    summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
+    _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     routing = new_routing(shape, len(query_starts), q.device)
     prior = new_prior(shape, q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -44,4 +43,4 @@ def dash_forward(
         route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
         list_segment(config, shape, segment, lists, routing, prior)
         attend_segment(q, k, v, shape, segment, lists, routing, out, lse)
-    return Forward(out, lse, summaries, routing, prior)
+    return Forward(out, lse, routing, prior)
