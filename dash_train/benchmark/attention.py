@@ -1,14 +1,15 @@
 """Speed of DashAttention against full attention, on inputs made to a wanted density and union factor."""
 
+import argparse
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dash_train.benchmark.timing import extra_memory, kernel_times, milliseconds
 from dash_train.errors import UserError
 from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.attend import attend_segment
@@ -42,6 +43,25 @@ class AttentionCase:
 
     def shape(self) -> Shape:
         return Shape(self.batch, self.seq, self.seq, self.heads, self.kv_heads, self.head_dim, self.chunk_size)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `launch/benchmark.py attention`."""
+    parser.add_argument("--seq", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--union", type=float, help="wanted union factor (default: queries without any locality)")
+    parser.add_argument("--backward", action="store_true", help="time forward and backward pass together")
+
+
+def run(args: argparse.Namespace) -> dict[str, float | str]:
+    """The row of `launch/benchmark.py attention`."""
+    case = AttentionCase(**{field.name: getattr(args, field.name) for field in fields(AttentionCase)})
+    return backward_row(case) if args.backward else forward_row(case)
 
 
 @dataclass
@@ -143,7 +163,7 @@ def _routing(case: AttentionCase, q: Tensor, k: Tensor, chunk_query: Tensor, con
     return active / eligible, shape.tile_tokens * routing.union_chunks.sum().item() / max(active, 1)
 
 
-def run_backward(case: AttentionCase) -> dict[str, float | str]:
+def backward_row(case: AttentionCase) -> dict[str, float | str]:
     """Milliseconds of forward and backward pass together, of each kernel in them, and of cuDNN; memory."""
     inputs = make_inputs(case)
     tensors = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.chunk_query)]
@@ -154,27 +174,17 @@ def run_backward(case: AttentionCase) -> dict[str, float | str]:
         torch.autograd.grad(dash_attention(*tensors, **config, backend="triton"), tensors, upstream)
 
     row: dict[str, float | str] = {"density": inputs.density, "union": inputs.union}
-    total = _milliseconds(whole)
+    total = milliseconds(whole)
     row["forward_backward_ms"] = total
-    row["extra_gib"] = _extra_memory(whole) - sum(t.nbytes for t in (upstream, *tensors)) / 2**30
-    row |= _kernel_times(whole)
+    row["extra_gib"] = extra_memory(whole) - sum(t.nbytes for t in (upstream, *tensors)) / 2**30
+    row |= kernel_times(whole)
     row["cudnn_ms"] = _peer_time(case, inputs, PEERS["cudnn"], upstream)
     if isinstance(row["cudnn_ms"], float):
         row["speedup_over_cudnn"] = row["cudnn_ms"] / total
     return row
 
 
-def _kernel_times(function: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds that one run spends in each kernel, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    times = {event.key: event.device_time_total / 1000 for event in profile.key_averages()}
-    longest = sorted(times, key=lambda name: -times[name])
-    return {f"{name[:40]}_ms": times[name] for name in longest if times[name] > 0.01}
-
-
-def run(case: AttentionCase) -> dict[str, float | str]:
+def forward_row(case: AttentionCase) -> dict[str, float | str]:
     """Milliseconds of each stage, of the whole forward pass and of its peers; rates and memory.
 
     A peer that does not fit into memory or does not run has its error in place of a time.
@@ -188,9 +198,9 @@ def run(case: AttentionCase) -> dict[str, float | str]:
         tensors = (inputs.q, inputs.k, inputs.v, inputs.chunk_query)
         dash_forward(*tensors, config=inputs.config, document_starts=starts, query_starts=(0,))
 
-    forward = _milliseconds(whole)
+    forward = milliseconds(whole)
     row["forward_ms"] = forward
-    row["extra_gib"] = _extra_memory(whole)
+    row["extra_gib"] = extra_memory(whole)
     row |= _stage_times(case, inputs, starts)
     own_chunks = case.batch * case.kv_heads * case.shape().tiles(case.seq)
     chunk_products = float(row.pop("listed_chunks")) + own_chunks
@@ -212,7 +222,7 @@ def _stage_times(case: AttentionCase, inputs: Inputs, starts: Tensor) -> dict[st
     out, lse = torch.empty_like(q), torch.empty_like(routing.tau)
     parts = summarize_chunks(k, inputs.chunk_query, case.chunk_size)[1]
     times = dict.fromkeys(STAGES, 0.0)
-    times["summaries"] = _milliseconds(lambda: summarize_chunks(k, inputs.chunk_query, case.chunk_size))
+    times["summaries"] = milliseconds(lambda: summarize_chunks(k, inputs.chunk_query, case.chunk_size))
     for segment, lists in new_lists(shape, (0,), q.device):
 
         def route(segment: Segment = segment, lists: Lists = lists) -> None:
@@ -225,10 +235,10 @@ def _stage_times(case: AttentionCase, inputs: Inputs, starts: Tensor) -> dict[st
         def attend(segment: Segment = segment, lists: Lists = lists) -> None:
             attend_segment(q, k, v, shape, segment, lists, routing, out, lse)
 
-        routing_time = _milliseconds(route, repeats=5)
+        routing_time = milliseconds(route, repeats=5)
         times["routing"] += routing_time
-        times["lists"] += _milliseconds(route_and_list, repeats=5) - routing_time  # it changes what routing wrote
-        times["attention"] += _milliseconds(attend, repeats=5)
+        times["lists"] += milliseconds(route_and_list, repeats=5) - routing_time  # it changes what routing wrote
+        times["attention"] += milliseconds(attend, repeats=5)
     result = {f"{name}_ms": value for name, value in times.items()}
     return result | {"listed_chunks": float(routing.union_chunks.sum())}
 
@@ -244,7 +254,7 @@ def _peer_time(case: AttentionCase, inputs: Inputs, backend: SDPBackend, upstrea
         k, v = (t.detach().transpose(1, 2).repeat_interleave(group, 1) for t in (inputs.k, inputs.v))
         if upstream is None:
             with sdpa_kernel(backend), torch.no_grad():
-                return _milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=5)
+                return milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=5)
         tensors = [t.requires_grad_() for t in (q, k, v)]
         gradient = upstream.transpose(1, 2).contiguous()
 
@@ -252,26 +262,6 @@ def _peer_time(case: AttentionCase, inputs: Inputs, backend: SDPBackend, upstrea
             torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), tensors, gradient)
 
         with sdpa_kernel(backend):
-            return _milliseconds(whole, repeats=5)
+            return milliseconds(whole, repeats=5)
     except RuntimeError as error:  # out of memory is one
         return str(error).splitlines()[0]
-
-
-def _milliseconds(function: Callable[[], object], repeats: int = 11) -> float:
-    """Median over repeated runs, after two that do not count."""
-    function(), function()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
-
-
-def _extra_memory(function: Callable[[], object]) -> float:
-    """GiB that a run allocates at its peak, the output included."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30

@@ -1,0 +1,1 @@
+"""Programs that time this project against its peers; `launch/benchmark.py` runs them."""
