@@ -1,4 +1,4 @@
-"""How every benchmark measures: medians of repeated runs by CUDA events, kernels by the profiler, memory at its peak."""
+"""How every benchmark measures: medians by CUDA events, kernels by the profiler, memory at its peak."""
 
 from collections.abc import Callable
 
