@@ -1,7 +1,4 @@
-"""The backward pass of DashAttention in Triton: segment by segment as the forward pass, whose lists it builds again.
-
-Nothing of routing is kept from the forward pass: the same inputs give the same thresholds and lists, to the bit.
-"""
+"""The backward pass of DashAttention in Triton: segment by segment as the forward pass, whose lists it restores."""
 
 import torch
 from torch import Tensor
@@ -9,8 +6,7 @@ from torch import Tensor
 from dash_train.kernels.dash.attend_backward import attend_backward_segment, row_deltas
 from dash_train.kernels.dash.inverse import invert_lists
 from dash_train.kernels.dash.keys_backward import keys_backward_segment
-from dash_train.kernels.dash.lists import list_segment, new_prior
-from dash_train.kernels.dash.routing import new_routing, route_segment
+from dash_train.kernels.dash.restore import Kept, restore_segment
 from dash_train.kernels.dash.routing_backward import routing_backward_segment
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
@@ -26,32 +22,28 @@ def dash_backward(
     chunk_query: Tensor,
     out: Tensor,
     lse: Tensor,
+    kept: Kept,
     *,
     config: DashConfig,
-    document_starts: Tensor,
     query_starts: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and chunk_query, in their types, contiguous.
 
-    dout contiguous, like q; q, k and v as the copy engine wants them; out and lse as dash_forward returned them.
+    dout contiguous, like q; q, k and v as the copy engine wants them; out, lse and kept as dash_forward returned them.
     """
     shape = shape_of(q, k, config.chunk_size)
     sequences = shape.batch * shape.kv_heads
     delta = row_deltas(out, dout)
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
-    routing = new_routing(shape, len(query_starts), q.device)
-    prior = new_prior(shape, q.device)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(sequences, shape.seq, shape.head_dim, device=q.device)
     dv = torch.zeros_like(dk)
     dsummaries = torch.zeros(sequences, summaries.shape[1], shape.head_dim, device=q.device)
     for segment, lists in new_lists(shape, query_starts, q.device):
-        route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
-        list_segment(config, shape, segment, lists, routing, prior)
-        lengths = routing.union_chunks
-        inverse = invert_lists(shape, segment, lists, lengths)
+        restore_segment(q, parts, config, shape, segment, kept, lists)
+        inverse = invert_lists(shape, segment, lists, kept.union_chunks)
         keys_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, inverse, dk, dv)
         # From here on `lists` holds the gradients of the log-priors in their place.
-        attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, lengths, dq)
-        routing_backward_segment(q, parts, config, shape, segment, lists, routing, inverse, dq, dsummaries)
+        attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.union_chunks, dq)
+        routing_backward_segment(q, parts, config, shape, segment, lists, kept, dq, dsummaries)
     return dq, *summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)

@@ -13,26 +13,21 @@ from torch import Tensor
 
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 
-BLOCK_CHUNKS = 64  # chunks of which routing's backward pass takes the gradient at a time
-
 
 class Inverse(NamedTuple):
     """The lists of one segment, by chunk."""
 
     entries: Tensor  # [batch * kv_heads, chunks, tiles] int32: tile * segment.chunks + place in its list, ascending
     counts: Tensor  # [batch * kv_heads, chunks] int32: how many of them
-    block_starts: Tensor  # [batch * kv_heads, blocks, tiles] int32: place of the first chunk >= block * BLOCK_CHUNKS
 
 
 def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) -> Inverse:
     """The inverse of a segment's lists, of the lengths [batch, kv_heads, tiles of the call]."""
     sequences, tiles = shape.batch * shape.kv_heads, shape.tiles(segment.tokens)
-    blocks = -(-segment.chunks // BLOCK_CHUNKS)
     empty = torch.empty
     inverse = Inverse(
         entries=empty(sequences, segment.chunks, tiles, dtype=torch.int32, device=lengths.device),
         counts=empty(sequences, segment.chunks, dtype=torch.int32, device=lengths.device),
-        block_starts=empty(sequences, blocks, tiles, dtype=torch.int32, device=lengths.device),
     )
     invert_kernel[(segment.chunks, sequences)](
         lists.chunks,
@@ -45,7 +40,6 @@ def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) 
         segment.chunks,
         segment.chunks.bit_length(),
         TILES_IN_CHUNK=shape.chunk_size // shape.tile_tokens,
-        BLOCK_CHUNKS=BLOCK_CHUNKS,
         BLOCK=min(1024, triton.next_power_of_2(tiles)),
         num_warps=8,
     )
@@ -58,7 +52,6 @@ def invert_kernel(
     lengths_ptr,
     entries_ptr,
     counts_ptr,
-    block_starts_ptr,
     row_tiles,
     first_chunk,
     first_tile,
@@ -66,7 +59,6 @@ def invert_kernel(
     capacity,
     steps,
     TILES_IN_CHUNK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a chunk: only tiles of later chunks can list it."""
@@ -75,7 +67,6 @@ def invert_kernel(
     chunks_ptr += sequence * tiles * capacity
     lengths_ptr += sequence * row_tiles + first_tile
     entries_ptr += (sequence * capacity + chunk) * tiles
-    block_starts_ptr += (sequence * tl.cdiv(capacity, BLOCK_CHUNKS) + chunk // BLOCK_CHUNKS) * tiles
 
     count = 0
     for block in range(tl.maximum(chunk + 1 - first_chunk, 0) * TILES_IN_CHUNK, tiles, BLOCK):
@@ -95,6 +86,4 @@ def invert_kernel(
         place = count + tl.cumsum(is_listed.to(tl.int32), 0) - 1
         tl.store(entries_ptr + place, tile * capacity + low, mask=is_listed)
         count += tl.sum(is_listed.to(tl.int32), 0)
-        if chunk % BLOCK_CHUNKS == 0:
-            tl.store(block_starts_ptr + tile, low, mask=is_tile)
     tl.store(counts_ptr + sequence * capacity + chunk, count)

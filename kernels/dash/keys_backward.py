@@ -49,7 +49,7 @@ def keys_backward_segment(
 
     dout like q, contiguous; lse, delta [batch, heads, q_len].
     """
-    pieces = _cut(inverse.counts, SLOTS)
+    pieces = _cut(inverse.counts)
     partial = torch.empty(SLOTS, 2, shape.chunk_size, shape.head_dim, device=q.device)
     keys = keys_in_product(k, shape)
     block_dim = triton.next_power_of_2(shape.head_dim)
@@ -109,14 +109,56 @@ def keys_backward_segment(
     )
 
 
-def _cut(counts: Tensor, slots: int) -> Pieces:
+def _cut(counts: Tensor) -> Pieces:
     """Pieces of at least MIN_PIECE tiles, few enough that all but every chunk's first fit into the slots."""
-    counts = counts.flatten()
-    length = ((counts.sum() + slots - 1) // slots).clamp(min=MIN_PIECE).int()
-    taken = (counts - 1).clamp(min=0) // length
-    end = taken.cumsum(0, dtype=torch.int32)
-    slot = torch.arange(slots, dtype=torch.int32, device=counts.device)
-    return Pieces(length, taken, end, torch.searchsorted(end, slot, right=True, out_int32=True))
+    pieces = Pieces(
+        length=counts.new_empty(()),
+        slots=counts.new_empty(counts.numel()),
+        slots_end=counts.new_empty(counts.numel()),
+        owners=counts.new_empty(SLOTS),
+    )
+    chunks = counts.numel()
+    cut_kernel[(1,)](counts, *pieces, chunks, chunks.bit_length(), MIN_PIECE=MIN_PIECE, SLOTS=SLOTS, num_warps=8)
+    return pieces
+
+
+@triton.jit
+def cut_kernel(
+    counts_ptr,
+    length_ptr,
+    slots_ptr,
+    slots_end_ptr,
+    owners_ptr,
+    chunks,
+    steps,
+    MIN_PIECE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One program: the length of a piece, the slots of each chunk, and by bisection the chunk of each slot."""
+    lane = tl.arange(0, SLOTS)
+    total = 0
+    for block in range(0, chunks, SLOTS):
+        total += tl.sum(tl.load(counts_ptr + block + lane, mask=block + lane < chunks, other=0), 0)
+    length = tl.maximum(tl.cdiv(total, SLOTS), MIN_PIECE)
+    tl.store(length_ptr, length)
+    end = 0
+    for block in range(0, chunks, SLOTS):
+        in_chunks = block + lane < chunks
+        count = tl.load(counts_ptr + block + lane, mask=in_chunks, other=0)
+        slots = tl.maximum(count - 1, 0) // length
+        tl.store(slots_ptr + block + lane, slots, mask=in_chunks)
+        tl.store(slots_end_ptr + block + lane, end + tl.cumsum(slots, 0), mask=in_chunks)
+        end += tl.sum(slots, 0)
+    tl.debug_barrier()  # every thread reads what all have written
+    low = tl.zeros([SLOTS], tl.int32)
+    high = low + chunks
+    for _ in range(steps):
+        middle = (low + high) // 2
+        is_open = low < high
+        is_before = tl.load(slots_end_ptr + middle, mask=is_open, other=0) <= lane
+        low = tl.where(is_open & is_before, middle + 1, low)
+        high = tl.where(is_open & (is_before == 0), middle, high)
+    tl.store(owners_ptr + lane, low)
 
 
 @triton.jit

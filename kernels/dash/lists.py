@@ -32,15 +32,18 @@ def list_segment(
 ) -> None:
     """Drops the candidates that no token of a tile is routed to; turns pbar into b_c log2(e), -inf outside R.
 
-    In place: `lists`, and their lengths routing.union_chunks. Writes the segment's tokens of `out`.
+    In place: `lists`, and their lengths routing.union_chunks. Sets routing.union_bits; writes the segment's tokens of
+    `out`.
     """
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
     list_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
         *lists,
         routing.union_chunks,
+        routing.union_bits,
         *out,
         shape.q_len,
         routing.union_chunks.shape[2],
+        shape.words,
         segment.row,
         segment.tokens,
         segment.tile,
@@ -59,10 +62,12 @@ def list_kernel(
     chunks_ptr,
     prior_ptr,
     union_ptr,
+    bits_ptr,
     normalizer_ptr,
     active_ptr,
     q_len,
     row_tiles,
+    words,
     first_row,
     tokens,
     first_tile,
@@ -76,7 +81,9 @@ def list_kernel(
     """One program a tile: one pass for the normaliser, one that shortens and writes."""
     tile = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)  # batch * kv_heads + KV head
-    union_ptr += sequence * row_tiles + first_tile + tile
+    per_tile = sequence * row_tiles + first_tile + tile
+    union_ptr += per_tile
+    bits_ptr += per_tile * words
     candidates = tl.load(union_ptr)
     list_start = (sequence * tl.num_programs(0) + tile) * capacity
     chunks_ptr += list_start
@@ -103,7 +110,7 @@ def list_kernel(
     length = 0
     for block in range(0, candidates, BLOCK):
         in_list = block + entry < candidates
-        chunk = tl.load(chunks_ptr + block + entry, mask=in_list)
+        chunk = tl.load(chunks_ptr + block + entry, mask=in_list, other=0)
         pbar = tl.load(prior_ptr + (block + entry)[:, None] * TILE, mask=in_list[:, None], other=0.0)
         prior = (tl.log(tl.maximum(pbar, pbar_min)) - normalizer[None, :]) * prior_scale
         prior = tl.where(pbar > 0, prior, float("-inf"))
@@ -112,6 +119,7 @@ def list_kernel(
         tl.debug_barrier()  # all of a block is read before any of it is written
         tl.store(chunks_ptr + place, chunk, mask=is_routed)
         tl.store(prior_ptr + place[:, None] * TILE, prior, mask=is_routed[:, None])
+        tl.atomic_or(bits_ptr + chunk // 32, 1 << (chunk % 32), mask=is_routed, sem="relaxed")
         length += tl.sum(is_routed.to(tl.int32), 0)
     tl.store(union_ptr, length)
 

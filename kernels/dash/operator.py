@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash.backward import dash_backward
 from dash_train.kernels.dash.forward import dash_forward
+from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.routing import new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.stats import DashStats
@@ -34,7 +35,7 @@ def dash_attention_triton(
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
-    out, _, tau, row_max, normalizer, active_chunks, union_chunks, residual = forward_operator(
+    out, _, tau, row_max, normalizer, union_chunks, _, active_chunks, residual = forward_operator(
         q, k, v, chunk_query, document_starts, query_starts, *astuple(config)
     )
     shape = shape_of(q, k, config.chunk_size)
@@ -71,23 +72,16 @@ def forward_operator(
     routing_scale: float,
     prior_normalizer: str,
     prior_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dash_forward: out, lse, tau, row_max, normalizer, active_chunks, union_chunks, residual. `out` has a gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dash_forward: out, lse, the five of Kept, active_chunks, residual. `out` has a gradient."""
     q, k, v = (_for_the_copy_engine(t) for t in (q, k, v))
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     forward = dash_forward(
         q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
     )
-    routing = forward.routing
-    return (
-        forward.out,
-        forward.lse,
-        routing.tau,
-        routing.row_max,
-        *forward.prior,
-        routing.union_chunks,
-        routing.residual,
-    )
+    routing, prior = forward.routing, forward.prior
+    kept = Kept(routing.tau, routing.row_max, prior.normalizer, routing.union_chunks, routing.union_bits)
+    return forward.out, forward.lse, *kept, prior.active_chunks, routing.residual
 
 
 @torch.library.custom_op("dash_train::dash_attention_backward", mutates_args=())
@@ -99,7 +93,11 @@ def backward_operator(
     chunk_query: Tensor,
     out: Tensor,
     lse: Tensor,
-    document_starts: Tensor,
+    tau: Tensor,
+    row_max: Tensor,
+    normalizer: Tensor,
+    union_chunks: Tensor,
+    union_bits: Tensor,
     query_starts: Sequence[int],
     chunk_size: int,
     routing_scale: float,
@@ -117,8 +115,8 @@ def backward_operator(
         chunk_query,
         out,
         lse,
+        Kept(tau, row_max, normalizer, union_chunks, union_bits),
         config=config,
-        document_starts=document_starts,
         query_starts=tuple(query_starts),
     )
 
@@ -145,8 +143,9 @@ def _(
         tau,
         row_max,
         normalizer,
-        torch.empty_like(normalizer, dtype=torch.int32),
         q.new_empty(per_tile, dtype=torch.int32),
+        q.new_empty(*per_tile, shape.words, dtype=torch.int32),
+        torch.empty_like(normalizer, dtype=torch.int32),
         q.new_empty(per_tile, dtype=torch.float32),
     )
 
@@ -157,10 +156,11 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *other
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, chunk_query, document_starts, *ctx.options = inputs
-    out, lse, *statistics = output
-    ctx.save_for_backward(q, k, v, chunk_query, out, lse, document_starts)
-    ctx.mark_non_differentiable(lse, *statistics)
+    q, k, v, chunk_query, _, *ctx.options = inputs
+    out, lse, tau, row_max, normalizer, union_chunks, union_bits, *statistics = output
+    kept = (tau, row_max, normalizer, union_chunks, union_bits)
+    ctx.save_for_backward(q, k, v, chunk_query, out, lse, *kept)
+    ctx.mark_non_differentiable(lse, *kept, *statistics)
     ctx.set_materialize_grads(False)
 
 

@@ -34,10 +34,11 @@ class Routing(NamedTuple):
     row_max: Tensor  # [batch, heads, q_len], of z; 0 where nothing is eligible
     union_chunks: Tensor  # [batch, kv_heads, tiles] int32: the lengths of the lists; at first, of the candidates
     residual: Tensor  # [batch, kv_heads, tiles]: worst |sum p - 1| of a tile
+    union_bits: Tensor  # [batch, kv_heads, tiles, words] int32: bit c % 32 of word c // 32: chunk c is in the list
 
 
 def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
-    """Routing's outputs, not yet written."""
+    """Routing's outputs, not yet written; no bit is set."""
     per_head = (shape.batch, shape.heads, shape.q_len)
     per_tile = (shape.batch, shape.kv_heads, pieces * shape.tiles(shape.q_len // pieces))
     return Routing(
@@ -45,6 +46,7 @@ def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
         row_max=torch.empty(per_head, device=device),
         union_chunks=torch.empty(per_tile, device=device, dtype=torch.int32),
         residual=torch.empty(per_tile, device=device),
+        union_bits=torch.zeros(*per_tile, shape.words, device=device, dtype=torch.int32),
     )
 
 
@@ -59,7 +61,7 @@ def route_segment(
     out: Routing,
     support: Tensor | None = None,
 ) -> None:
-    """Routes the queries of one segment: writes its rows of `out`, and the candidates with their pbar to `lists`.
+    """Routes the queries of one segment: writes its rows of `out`, bits aside, and candidates with pbar to `lists`.
 
     q [batch, q_len, heads, head_dim]; parts [parts, batch, chunks, kv_heads, head_dim] of summarize_chunks;
     document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_len, chunks] of zeros, if it is wanted:
@@ -72,7 +74,10 @@ def route_segment(
         parts,
         document_starts,
         *lists,
-        *out,
+        out.tau,
+        out.row_max,
+        out.union_chunks,
+        out.residual,
         support,
         *q.stride()[:3],
         parts.stride(0),
@@ -169,7 +174,7 @@ def route_kernel(
     summaries = (first_summary, KV_HEADS * HEAD_DIM, part_stride, eligible)
     lane = tl.arange(0, WIDTH)
     stride = 1 if RESIDENT else tl.cdiv(eligible, WIDTH)
-    z = _scores(lane * stride, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+    z = routing_scores(lane * stride, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
     row_max = tl.max(z, 1)
     z -= row_max[:, None]
     highest = -1.0 / tl.sqrt(tl.cdiv(eligible, stride).to(tl.float32))  # tau of equal scores
@@ -180,7 +185,7 @@ def route_kernel(
         low = row_max + tau - SLACK
         candidates = 0
         for block in range(0, eligible, WIDTH):
-            z = _scores(block + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+            z = routing_scores(block + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             row_max = tl.maximum(row_max, tl.max(z, 1))
             is_candidate = tl.max((z > low[:, None]).to(tl.int32), 0)
             tl.store(chunks_ptr + candidates + tl.cumsum(is_candidate, 0) - 1, block + lane, mask=is_candidate > 0)
@@ -191,7 +196,7 @@ def route_kernel(
         tau = tl.minimum(low - row_max, highest)
         if candidates <= WIDTH:
             chunk = tl.load(chunks_ptr + lane, mask=lane < candidates, other=eligible)
-            z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+            z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             tau, residual = _threshold(z - row_max[:, None], tau, highest)
         else:
             residual = 1.0
@@ -201,7 +206,7 @@ def route_kernel(
                 square = tl.zeros([ROWS], tl.float32)
                 for block in range(0, candidates, WIDTH):
                     chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < candidates, other=eligible)
-                    z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+                    z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
                     distance = tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
                     total += tl.sum(distance, 1)
                     square += tl.sum(distance * distance, 1)
@@ -220,7 +225,7 @@ def route_kernel(
         chunk = entry
         if not RESIDENT:
             chunk = tl.load(chunks_ptr + entry, mask=in_list, other=eligible)
-            z = _scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+            z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             z -= row_max[:, None]
         root = tl.where(is_real[:, None], tl.maximum(z - tau[:, None], 0.0), 0.0)
         if support_ptr is not None:
@@ -232,7 +237,7 @@ def route_kernel(
 
 
 @triton.jit
-def _scores(
+def routing_scores(
     chunk,
     queries,
     summaries,

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.dash.inverse import BLOCK_CHUNKS, Inverse
-from dash_train.kernels.dash.routing import Routing
+from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.rows import product_precision, tile_rows
 from dash_train.kernels.dash.stages import PBAR_GRADIENT_MIN, DashConfig
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 
+BLOCK = 64  # chunks at a time
 PROGRAMS = 1024  # among which the tiles of a segment are divided for the summaries' gradient
 
 
@@ -25,23 +25,23 @@ def routing_backward_segment(
     shape: Shape,
     segment: Segment,
     lists: Lists,
-    routing: Routing,
-    inverse: Inverse,
+    kept: Kept,
     dq: Tensor,
     dsummaries: Tensor,
 ) -> None:
     """Adds to a segment's rows of dq, and to dsummaries [batch * kv_heads, chunks, head_dim] fp32.
 
-    parts as route_segment takes them; `lists` holds g_c in place of the log-prior, and holds f_c afterwards.
+    parts as route_segment takes them; `lists` holds g_c in place of the log-prior. Afterwards it holds f_c, and not in
+    the order of the list but at place c, where the summaries' gradient finds it without searching.
     """
     sequences, tiles = shape.batch * shape.kv_heads, shape.tiles(segment.tokens)
-    kappa = torch.empty_like(routing.tau)
+    kappa = torch.empty_like(kept.tau)
     common = {
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
         "PADDED_GROUP": shape.padded_group,
         "TILE": shape.tile_tokens,
-        "BLOCK": BLOCK_CHUNKS,
+        "BLOCK": BLOCK,
         "HEAD_DIM": shape.head_dim,
         "BLOCK_DIM": triton.next_power_of_2(shape.head_dim),
         "PARTS": parts.shape[0],
@@ -53,16 +53,16 @@ def routing_backward_segment(
         q,
         parts,
         *lists,
-        routing.tau,
-        routing.row_max,
-        routing.union_chunks,
+        kept.tau,
+        kept.row_max,
+        kept.union_chunks,
         kappa,
         dq,
         *q.stride()[:3],
         parts.stride(0),
         parts.shape[2],
         shape.q_len,
-        routing.union_chunks.shape[2],
+        kept.union_chunks.shape[2],
         segment.row,
         segment.tokens,
         segment.tile,
@@ -72,24 +72,24 @@ def routing_backward_segment(
         PBAR_GRADIENT_MIN,
         **common,
     )
-    blocks = inverse.block_starts.shape[1]
+    blocks = -(-segment.chunks // BLOCK)
     splits = max(1, min(tiles, PROGRAMS // (blocks * sequences)))
-    partial = torch.empty(splits, sequences, blocks * BLOCK_CHUNKS, shape.head_dim, device=q.device)
+    partial = torch.empty(splits, sequences, blocks * BLOCK, shape.head_dim, device=q.device)
     routing_summaries_kernel[(blocks, splits, sequences)](
         q,
         parts,
-        *lists,
-        routing.tau,
-        routing.row_max,
-        routing.union_chunks,
+        lists.prior,
+        kept.tau,
+        kept.row_max,
+        kept.union_bits,
         kappa,
-        inverse.block_starts,
         partial,
         *q.stride()[:3],
         parts.stride(0),
         parts.shape[2],
         shape.q_len,
-        routing.union_chunks.shape[2],
+        kept.union_chunks.shape[2],
+        shape.words,
         segment.row,
         segment.position // shape.chunk_size,
         segment.tokens,
@@ -138,7 +138,7 @@ def routing_queries_kernel(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile: one pass over its list for f and kappa, one for dq."""
+    """One program a tile, the longest histories first: one pass for f and kappa, one for dq that also moves f."""
     ROWS: tl.constexpr = TILE * PADDED_GROUP
     HEADS: tl.constexpr = KV_HEADS * GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -180,9 +180,12 @@ def routing_queries_kernel(
     tl.store(kappa_ptr + per_head, kappa, mask=is_real)
     tl.debug_barrier()  # every thread reads what all have written
 
+    # From the last block to the first: a chunk's own place is never before its place in the list, so what moves there
+    # covers nothing that is still to be read.
     dq = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    for block in range(0, length, BLOCK):
-        entry = block + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(length, BLOCK)
+    for step in range(blocks):
+        entry = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         in_list = entry < length
         chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
         summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
@@ -193,6 +196,8 @@ def routing_queries_kernel(
         for part in tl.static_range(PARTS):
             summary = tl.load(summaries + part * part_stride, mask=summary_mask, other=0.0)
             dq = tl.dot(ds.to(q.dtype), summary, dq, input_precision=PRECISION)
+        tl.debug_barrier()  # all of a block is read before any of it is written
+        tl.store(g_ptr + chunk[None, :] * TILE, f, mask=in_list[None, :])
     rows = ((batch * q_len + first_row + token) * HEADS + head) * HEAD_DIM
     dq_rows = dq_ptr + rows[:, None] + dim[None, :]
     before = tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
@@ -203,13 +208,11 @@ def routing_queries_kernel(
 def routing_summaries_kernel(
     q_ptr,
     parts_ptr,
-    chunks_ptr,
     f_ptr,
     tau_ptr,
     row_max_ptr,
-    lengths_ptr,
+    bits_ptr,
     kappa_ptr,
-    block_starts_ptr,
     partial_ptr,
     q_batch_stride,
     q_token_stride,
@@ -218,6 +221,7 @@ def routing_summaries_kernel(
     row_chunks,
     q_len,
     row_tiles,
+    words,
     first_row,
     first_chunk,
     tokens,
@@ -236,7 +240,7 @@ def routing_summaries_kernel(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program BLOCK consecutive chunks and a share of the tiles."""
+    """One program BLOCK consecutive chunks and a share of the tiles that have any of them in their past."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -246,25 +250,20 @@ def routing_summaries_kernel(
     chunk = block * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = (dim < HEAD_DIM)[None, :]
-    in_row = chunk < capacity
     summaries = parts_ptr + ((batch * row_chunks + chunk) * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
-    block_starts_ptr += (sequence * tl.num_programs(0) + block) * tiles
+    in_history = chunk < capacity
+    high = tl.load(summaries, mask=in_history[:, None] & in_dim, other=0.0)
+    if PARTS == 2:
+        low = tl.load(summaries + part_stride, mask=in_history[:, None] & in_dim, other=0.0)
+    bits_ptr += (sequence * row_tiles + first_tile) * words + chunk // 32
+    f_ptr += chunk[:, None] * TILE + tl.arange(0, TILE)[None, :]
 
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    begin = tl.maximum(split * share, (block * BLOCK + 1 - first_chunk) * TILES_IN_CHUNK)  # tiles of later chunks
+    first = tl.maximum((block * BLOCK + 1 - first_chunk) * TILES_IN_CHUNK, 0)
+    share = tl.cdiv(tl.maximum(tiles - first, 0), tl.num_programs(1))
+    begin = first + split * share
     dsummaries = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for tile in range(begin, tl.minimum((split + 1) * share, tiles)):
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
         token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-        length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
-        tile_list = (sequence * tiles + tile) * capacity
-        entry = tl.load(block_starts_ptr + tile) + tl.arange(0, BLOCK)
-        listed = tl.load(chunks_ptr + tile_list + entry, mask=entry < length, other=-1)
-        is_listed = listed[:, None] == chunk[None, :]
-        place = tl.sum(tl.where(is_listed, entry[:, None], 0), 0)
-        is_routed = tl.sum(is_listed.to(tl.int32), 0) > 0
-        f_rows = f_ptr + (tile_list + place)[None, :] * TILE + tl.arange(0, TILE)[:, None]
-        f = tl.load(f_rows, mask=is_routed[None, :], other=0.0)
-
         q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
         q_rows += head * q_head_stride
         q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim, other=0.0)
@@ -272,11 +271,18 @@ def routing_summaries_kernel(
         tau = tl.load(tau_ptr + per_head, mask=is_real, other=0.0)
         row_max = tl.load(row_max_ptr + per_head, mask=is_real, other=float("inf"))
         kappa = tl.load(kappa_ptr + per_head, mask=is_real, other=0.0)
-        mask = in_row[:, None] & in_dim
-        root = _roots(q, summaries, part_stride, mask, is_routed, row_max, tau, 0.5 * scale, PARTS, PRECISION)
-        ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
-        ds = tl.where(is_routed[None, :], ds, 0.0)  # kappa is not written where a tile's list is empty
-        dsummaries = tl.dot(tl.trans(ds.to(q.dtype)), q, dsummaries, input_precision=PRECISION)
+        bits = tl.load(bits_ptr + tile * words, mask=in_history, other=0)
+        f = tl.load(f_ptr + (sequence * tiles + tile) * capacity * TILE, mask=in_history[:, None], other=0.0)
+
+        z = tl.dot(high, tl.trans(q), input_precision=PRECISION)
+        if PARTS == 2:
+            z = tl.dot(low, tl.trans(q), z, input_precision=PRECISION)
+        root = tl.maximum(z * (0.5 * scale) - row_max[None, :] - tau[None, :], 0.0)
+        f = tl.reshape(tl.broadcast_to(f[:, :, None], [BLOCK, TILE, PADDED_GROUP]), [BLOCK, TILE * PADDED_GROUP])
+        # What was not listed has neither f nor, in a tile without any list, kappa.
+        is_listed = ((bits >> (chunk % 32)) & 1) > 0
+        ds = tl.where(is_listed[:, None], root * (f - kappa[None, :]), 0.0)
+        dsummaries = tl.dot(ds.to(q.dtype), q, dsummaries, input_precision=PRECISION)
     rows = (split.to(tl.int64) * tl.num_programs(2) + sequence) * (tl.num_programs(0) * BLOCK) + chunk
     tl.store(partial_ptr + rows[:, None] * HEAD_DIM + dim[None, :], dsummaries * scale, mask=in_dim)
 

@@ -46,6 +46,11 @@ class Shape(NamedTuple):
     def tile_tokens(self) -> int:
         return max(1, min(self.chunk_size, TILE_ROWS // self.padded_group))
 
+    @property
+    def words(self) -> int:
+        """32-bit words with a bit for every chunk of a row."""
+        return -(-self.seq // (32 * self.chunk_size))
+
     def tiles(self, tokens: int) -> int:
         """Tiles of so many consecutive queries, in one KV head of one row."""
         return -(-tokens // self.tile_tokens)

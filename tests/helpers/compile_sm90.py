@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.backward import dash_backward
 from dash_train.kernels.dash.forward import dash_forward
+from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.stages import DashConfig
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
@@ -40,9 +41,10 @@ def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
     starts = torch.zeros(1, seq, dtype=torch.int32)
-    lse = torch.empty(1, heads, seq)
-    dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
-    dash_backward(q, q, k, k, k[0, 0], q, lse, config=config, document_starts=starts, query_starts=(0,))
+    forward = dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
+    routing = forward.routing
+    kept = Kept(routing.tau, routing.row_max, forward.prior.normalizer, routing.union_chunks, routing.union_bits)
+    dash_backward(q, q, k, k, k[0, 0], q, forward.lse, kept, config=config, query_starts=(0,))
     return recorded
 
 
