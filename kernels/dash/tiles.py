@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     @property
     def padded_group(self) -> int:
         """The rows a token takes in a tile: its group, filled up to a power of two."""
-        return int(triton.next_power_of_2(self.group))
+        return 1 << (self.group - 1).bit_length()
 
     @property
     def tile_tokens(self) -> int:
