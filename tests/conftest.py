@@ -13,6 +13,14 @@ from dash_train.model.transformer import LanguageModel
 ATTENTION = {"full": {"type": "full"}, "dash": {"type": "dash", "routing_scale": 8.0}}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The grid runs only when it is asked for by name: `-m gpu` alone leaves it out."""
+    if "grid" not in config.option.markexpr:
+        chosen = [item for item in items if not item.get_closest_marker("grid")]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("grid")])
+        items[:] = chosen
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., LanguageModel]:
     """Builds a model of 2 layers and chunks of 16 with random norms and chunk queries, the same at every call."""

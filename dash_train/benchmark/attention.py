@@ -13,7 +13,6 @@ from dash_train.benchmark.timing import extra_memory, kernel_times, milliseconds
 from dash_train.errors import UserError
 from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.attend import attend_segment
-from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.lists import list_segment, new_prior
 from dash_train.kernels.dash.routing import new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
@@ -56,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--union", type=float, help="wanted union factor (default: queries without any locality)")
     parser.add_argument("--backward", action="store_true", help="time forward and backward pass together")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone, where full attention would take minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, float | str]:
     """The row of `launch/benchmark.py attention`."""
     case = AttentionCase(**{field.name: getattr(args, field.name) for field in fields(AttentionCase)})
-    return backward_row(case) if args.backward else forward_row(case)
+    peers = {} if args.no_peers else PEERS
+    return backward_row(case, peers) if args.backward else forward_row(case, peers)
 
 
 @dataclass
@@ -163,8 +164,8 @@ def _routing(case: AttentionCase, q: Tensor, k: Tensor, chunk_query: Tensor, con
     return active / eligible, shape.tile_tokens * routing.union_chunks.sum().item() / max(active, 1)
 
 
-def backward_row(case: AttentionCase) -> dict[str, float | str]:
-    """Milliseconds of forward and backward pass together, of each kernel in them, and of cuDNN; memory."""
+def backward_row(case: AttentionCase, peers: dict[str, SDPBackend]) -> dict[str, float | str]:
+    """Milliseconds of forward and backward pass together, of each kernel in them, and of its peers; memory."""
     inputs = make_inputs(case)
     tensors = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v, inputs.chunk_query)]
     upstream = torch.randn_like(inputs.q)
@@ -178,13 +179,10 @@ def backward_row(case: AttentionCase) -> dict[str, float | str]:
     row["forward_backward_ms"] = total
     row["extra_gib"] = extra_memory(whole) - sum(t.nbytes for t in (upstream, *tensors)) / 2**30
     row |= kernel_times(whole)
-    row["cudnn_ms"] = _peer_time(case, inputs, PEERS["cudnn"], upstream)
-    if isinstance(row["cudnn_ms"], float):
-        row["speedup_over_cudnn"] = row["cudnn_ms"] / total
-    return row
+    return row | _peer_rows(case, inputs, peers, total, upstream)
 
 
-def forward_row(case: AttentionCase) -> dict[str, float | str]:
+def forward_row(case: AttentionCase, peers: dict[str, SDPBackend]) -> dict[str, float | str]:
     """Milliseconds of each stage, of the whole forward pass and of its peers; rates and memory.
 
     A peer that does not fit into memory or does not run has its error in place of a time.
@@ -193,10 +191,10 @@ def forward_row(case: AttentionCase) -> dict[str, float | str]:
     starts = torch.zeros(1, case.seq, dtype=torch.int32, device=inputs.q.device)
     row: dict[str, float | str] = {"density": inputs.density, "union": inputs.union}
     row["routing_scale"] = inputs.config.routing_scale
+    config = asdict(inputs.config)
 
     def whole() -> None:
-        tensors = (inputs.q, inputs.k, inputs.v, inputs.chunk_query)
-        dash_forward(*tensors, config=inputs.config, document_starts=starts, query_starts=(0,))
+        dash_attention(inputs.q, inputs.k, inputs.v, inputs.chunk_query, **config, backend="triton")
 
     forward = milliseconds(whole)
     row["forward_ms"] = forward
@@ -207,11 +205,7 @@ def forward_row(case: AttentionCase) -> dict[str, float | str]:
     rows = case.shape().tile_tokens * case.heads // case.kv_heads
     flops = 4 * rows * case.chunk_size * case.head_dim * chunk_products
     row["attention_tflops_on_union"] = flops / float(row["attention_ms"]) / 1e9
-    for name, backend in PEERS.items():
-        row[f"{name}_ms"] = _peer_time(case, inputs, backend)
-    if isinstance(row["cudnn_ms"], float):
-        row["speedup_over_cudnn"] = row["cudnn_ms"] / forward
-    return row
+    return row | _peer_rows(case, inputs, peers, forward)
 
 
 def _stage_times(case: AttentionCase, inputs: Inputs, starts: Tensor) -> dict[str, float]:
@@ -241,6 +235,22 @@ def _stage_times(case: AttentionCase, inputs: Inputs, starts: Tensor) -> dict[st
         times["attention"] += milliseconds(attend, repeats=5)
     result = {f"{name}_ms": value for name, value in times.items()}
     return result | {"listed_chunks": float(routing.union_chunks.sum())}
+
+
+def _peer_rows(
+    case: AttentionCase,
+    inputs: Inputs,
+    peers: dict[str, SDPBackend],
+    ours: float,
+    upstream: Tensor | None = None,
+) -> dict[str, float | str]:
+    """Each peer's milliseconds and how many times faster ours is."""
+    row: dict[str, float | str] = {}
+    for name, backend in peers.items():
+        row[f"{name}_ms"] = time = _peer_time(case, inputs, backend, upstream)
+        if isinstance(time, float):
+            row[f"speedup_over_{name}"] = time / ours
+    return row
 
 
 def _peer_time(case: AttentionCase, inputs: Inputs, backend: SDPBackend, upstream: Tensor | None = None) -> float | str:

@@ -9,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.routing import Routing
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -30,7 +31,9 @@ def attend_segment(
     """
     block_dim = triton.next_power_of_2(shape.head_dim)
     keys = min(shape.chunk_size, 16 if k.dtype == torch.float32 else 64)
-    attend_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+    launch(
+        attend_kernel,
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         q,
         TensorDescriptor.from_tensor(k, [1, keys, 1, block_dim]),
         TensorDescriptor.from_tensor(v, [1, keys, 1, block_dim]),

@@ -9,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.rows import keys_in_product, product_precision, tile_rows
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 
 def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
@@ -16,7 +17,9 @@ def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
     batch, q_len, heads, head_dim = out.shape
     delta = torch.empty(batch, heads, q_len, device=out.device)
     rows = 64
-    delta_kernel[(triton.cdiv(q_len * heads, rows), batch)](
+    launch(
+        delta_kernel,
+        (triton.cdiv(q_len * heads, rows), batch),
         out,
         dout,
         delta,
@@ -48,7 +51,9 @@ def attend_backward_segment(
     """
     keys = keys_in_product(k, shape)
     block = [1, keys, 1, triton.next_power_of_2(shape.head_dim)]
-    attend_backward_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+    launch(
+        attend_backward_kernel,
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         q,
         TensorDescriptor.from_tensor(k, block),
         TensorDescriptor.from_tensor(v, block),

@@ -66,7 +66,14 @@ def dash_attention(
         from dash_train.kernels.dash.operator import dash_attention_triton  # triton, which only this backend needs
 
         out, stats = dash_attention_triton(
-            q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
+            q,
+            k,
+            v,
+            chunk_query,
+            config=config,
+            document_starts=document_starts,
+            query_starts=query_starts,
+            return_stats=return_stats,
         )
     else:
         out, stats = dash_attention_reference(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 
 class Inverse(NamedTuple):
@@ -29,7 +30,9 @@ def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) 
         entries=empty(sequences, segment.chunks, tiles, dtype=torch.int32, device=lengths.device),
         counts=empty(sequences, segment.chunks, dtype=torch.int32, device=lengths.device),
     )
-    invert_kernel[(segment.chunks, sequences)](
+    launch(
+        invert_kernel,
+        (segment.chunks, sequences),
         lists.chunks,
         lengths,
         *inverse,

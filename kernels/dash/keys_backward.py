@@ -17,6 +17,7 @@ from dash_train.kernels.dash.inverse import Inverse
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.rows import keys_in_product, product_precision, tile_rows
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 SLOTS = 1024  # 64 MiB at chunk_size 64 and head_dim 128
 MIN_PIECE = 64  # tiles
@@ -79,8 +80,12 @@ def keys_backward_segment(
     }
     sequences = shape.batch * shape.kv_heads
     own_chunks = triton.cdiv(segment.tokens, shape.chunk_size)
-    own_keys_kernel[(own_chunks, shape.chunk_size // keys, sequences)](*inputs, dk, dv, *strides, *sizes, **common)
-    listed_keys_kernel[(len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys)](
+    launch(
+        own_keys_kernel, (own_chunks, shape.chunk_size // keys, sequences), *inputs, dk, dv, *strides, *sizes, **common
+    )
+    launch(
+        listed_keys_kernel,
+        (len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys),
         *inputs,
         dk,
         dv,
@@ -95,7 +100,9 @@ def keys_backward_segment(
         *sizes,
         **common,
     )
-    add_slots_kernel[(len(pieces.slots), shape.chunk_size // 16)](
+    launch(
+        add_slots_kernel,
+        (len(pieces.slots), shape.chunk_size // 16),
         pieces.slots,
         pieces.slots_end,
         dk,
@@ -118,7 +125,9 @@ def _cut(counts: Tensor) -> Pieces:
         owners=counts.new_empty(SLOTS),
     )
     chunks = counts.numel()
-    cut_kernel[(1,)](counts, *pieces, chunks, chunks.bit_length(), MIN_PIECE=MIN_PIECE, SLOTS=SLOTS, num_warps=8)
+    launch(
+        cut_kernel, (1,), counts, *pieces, chunks, chunks.bit_length(), MIN_PIECE=MIN_PIECE, SLOTS=SLOTS, num_warps=8
+    )
     return pieces
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dash_train.kernels.dash.routing import Routing
 from dash_train.kernels.dash.stages import PBAR_MIN, DashConfig
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 LOG2_E = 1.4426950408889634
 
@@ -36,7 +37,9 @@ def list_segment(
     `out`.
     """
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    list_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+    launch(
+        list_kernel,
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         *lists,
         routing.union_chunks,
         routing.union_bits,

@@ -30,14 +30,17 @@ def dash_attention_triton(
     config: DashConfig,
     document_starts: Tensor,
     query_starts: tuple[int, ...],
-) -> tuple[Tensor, DashStats]:
-    """The output, like q, and the statistics.
+    return_stats: bool,
+) -> tuple[Tensor, DashStats | None]:
+    """The output, like q, and the statistics if they are wanted.
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
     out, _, tau, row_max, normalizer, union_chunks, _, active_chunks, residual = forward_operator(
         q, k, v, chunk_query, document_starts, query_starts, *astuple(config)
     )
+    if not return_stats:
+        return out, None
     shape = shape_of(q, k, config.chunk_size)
     piece = shape.q_len // len(query_starts)
     eligible = [

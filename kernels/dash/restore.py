@@ -16,6 +16,7 @@ from dash_train.kernels.dash.routing import routing_scores
 from dash_train.kernels.dash.rows import tile_rows
 from dash_train.kernels.dash.stages import PBAR_MIN, DashConfig
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 
 class Kept(NamedTuple):
@@ -36,7 +37,9 @@ def restore_segment(
     q and parts as in route_segment.
     """
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    restore_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+    launch(
+        restore_kernel,
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         q,
         parts,
         *lists,

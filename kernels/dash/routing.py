@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
 STREAMED_WIDTH = 512  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
 MAX_STEPS = tl.constexpr(16)
@@ -69,7 +70,9 @@ def route_segment(
     """
     resident = segment.chunks <= RESIDENT_CHUNKS
     width = max(MIN_WIDTH, triton.next_power_of_2(segment.chunks)) if resident else STREAMED_WIDTH
-    route_kernel[(shape.tiles(segment.tokens), shape.batch * shape.kv_heads)](
+    launch(
+        route_kernel,
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         q,
         parts,
         document_starts,

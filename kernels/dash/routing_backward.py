@@ -13,8 +13,10 @@ from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.rows import product_precision, tile_rows
 from dash_train.kernels.dash.stages import PBAR_GRADIENT_MIN, DashConfig
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.launch import launch
 
-BLOCK = 64  # chunks at a time
+BLOCK = 64  # chunks of which a program takes the summaries' gradient
+LIST_BLOCK = 32  # entries of a list at a time
 PROGRAMS = 1024  # among which the tiles of a segment are divided for the summaries' gradient
 
 
@@ -41,7 +43,6 @@ def routing_backward_segment(
         "GROUP": shape.group,
         "PADDED_GROUP": shape.padded_group,
         "TILE": shape.tile_tokens,
-        "BLOCK": BLOCK,
         "HEAD_DIM": shape.head_dim,
         "BLOCK_DIM": triton.next_power_of_2(shape.head_dim),
         "PARTS": parts.shape[0],
@@ -49,7 +50,9 @@ def routing_backward_segment(
     }
     score_scale = config.routing_scale * shape.head_dim**-0.5
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    routing_queries_kernel[(tiles, sequences)](
+    launch(
+        routing_queries_kernel,
+        (tiles, sequences),
         q,
         parts,
         *lists,
@@ -70,12 +73,15 @@ def routing_backward_segment(
         score_scale,
         1 / temperature,
         PBAR_GRADIENT_MIN,
+        BLOCK=LIST_BLOCK,
         **common,
     )
     blocks = -(-segment.chunks // BLOCK)
     splits = max(1, min(tiles, PROGRAMS // (blocks * sequences)))
     partial = torch.empty(splits, sequences, blocks * BLOCK, shape.head_dim, device=q.device)
-    routing_summaries_kernel[(blocks, splits, sequences)](
+    launch(
+        routing_summaries_kernel,
+        (blocks, splits, sequences),
         q,
         parts,
         lists.prior,
@@ -98,6 +104,8 @@ def routing_backward_segment(
         segment.chunks,
         score_scale,
         TILES_IN_CHUNK=shape.chunk_size // shape.tile_tokens,
+        BLOCK=BLOCK,
+        num_stages=2,
         **common,
     )
     dsummaries[:, : segment.chunks] += partial.sum(0)[:, : segment.chunks]

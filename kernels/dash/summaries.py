@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.launch import launch
+
 
 def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """ktilde_c = sum_j softmax_j(w.k_j / sqrt(head_dim)) k_j of the chunks of k [batch, seq, kv_heads, head_dim].
@@ -18,7 +20,9 @@ def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[T
     summaries = k.new_empty(batch, chunks, kv_heads, head_dim, dtype=torch.float32)
     parts = k.new_empty(1 if k.dtype == torch.float32 else 2, *summaries.shape)
     block_dim = triton.next_power_of_2(head_dim)
-    summaries_kernel[(chunks, batch * kv_heads)](
+    launch(
+        summaries_kernel,
+        (chunks, batch * kv_heads),
         k,
         chunk_query.contiguous(),
         summaries,

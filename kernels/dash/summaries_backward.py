@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.launch import launch
+
 
 def summaries_backward(
     k: Tensor, chunk_query: Tensor, summaries: Tensor, dk: Tensor, dv: Tensor, dsummaries: Tensor, chunk_size: int
@@ -20,7 +22,9 @@ def summaries_backward(
     k_gradient = torch.empty_like(k, memory_format=torch.contiguous_format)
     v_gradient = torch.empty_like(k_gradient)
     block_dim = triton.next_power_of_2(head_dim)
-    summaries_backward_kernel[(chunks, batch * kv_heads)](
+    launch(
+        summaries_backward_kernel,
+        (chunks, batch * kv_heads),
         k,
         chunk_query.contiguous(),
         summaries,

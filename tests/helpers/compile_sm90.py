@@ -37,6 +37,7 @@ def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int
         recorded[" ".join([kernel.__name__, *details])] = (kernel, args, constants)
 
     JITFunction.run = record
+    torch.cuda.current_device = lambda: 0
     q = torch.empty(1, seq, heads, head_dim, dtype=torch.bfloat16)
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)

@@ -6,10 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from dash_cases import TOLERANCE, Case, call, covering_array, gradient_errors
+from dash_cases import TOLERANCE, Case, call, covering_array, gradient_errors, grid
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dash_train.kernels.dash import dash_attention
+from dash_train.kernels.dash.operator import forward_operator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -90,3 +92,40 @@ def test_extra_memory_at_131072_tokens():
     torch.autograd.grad(out, (q, k, v, w), upstream)
     accounted = sum(t.nbytes for t in (out, q, k, v))
     assert torch.cuda.max_memory_allocated() - before - accounted <= 2**30
+
+
+def test_as_an_operator():
+    """Fake kernels, autograd registration, compiled and checkpointed: the same bits."""
+    tensors, options = call(Case(dtype=torch.bfloat16, group=4), 20, "cuda")
+    numbers = (options["chunk_size"], options["routing_scale"], options["prior_normalizer"], 1.5)
+    arguments = ([t.requires_grad_() for t in tensors], options["document_starts"], (0,), *numbers)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(forward_operator, (*arguments[0], *arguments[1:]), test_utils=tests)
+
+    def plain(*inputs: Tensor) -> Tensor:
+        return dash_attention(*inputs, **options, backend="triton").float().square().sum()
+
+    expected = torch.autograd.grad(plain(*tensors), tensors)
+    compiled = torch.autograd.grad(torch.compile(plain, fullgraph=True)(*tensors), tensors)
+    again = torch.autograd.grad(checkpoint(plain, *tensors, use_reentrant=False), tensors)
+    for one, two, three in zip(expected, compiled, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_a_million_tokens():
+    """Forward and backward pass with 16/2 heads on one 80 GB card."""
+    q = torch.randn(1, 2**20, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2**20, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "kv")
+    w = torch.zeros(2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out, stats = dash_attention(q, k, v, w, routing_scale=64.0, backend="triton", return_stats=True)
+    assert stats.density < 0.05
+    assert stats.residual <= 1e-6
+    for gradient in torch.autograd.grad(out, (q, k, v, w), torch.randn_like(out)):
+        assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", [case for case in grid() if case not in CASES], ids=str)
+def test_gradients_over_the_full_grid(case):
+    """5,000 cases: pytest -m "gpu and grid", in as many calls as it takes; compiled as it goes."""
+    check(*call(case, 7, "cuda"))
