@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_train.model.attention import STATISTICS, Attention
 from dash_train.model.cache import Cache, LayerCache
-from dash_train.model.checkpointing import ActivationCheckpointing, run_block
-from dash_train.model.config import ModelConfig
+from dash_train.model.checkpointing import run_block
+from dash_train.model.config import ActivationCheckpointing, ModelConfig
 from dash_train.model.full_attention import BlockMask, cache_mask, document_mask
 from dash_train.model.fused import RMSNorm, swiglu
 from dash_train.model.layers import Embedding, Linear
