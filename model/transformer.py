@@ -57,8 +57,11 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics."""
-        attended, statistics = self.self_attn(self.input_layernorm(hidden), rotary, document_starts, real, mask, cache)
-        return self._add_mlp_in_pieces(hidden + attended), statistics
+        normed = self.input_layernorm(hidden)
+        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
+        hidden = hidden + attended
+        del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
+        return self._add_mlp_in_pieces(hidden), statistics
 
     def _add_mlp_in_pieces(self, hidden: Tensor) -> Tensor:
         """A very long row goes through the MLP in pieces, computed again in the backward pass: its wide intermediates
