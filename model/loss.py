@@ -123,7 +123,7 @@ def _cross_entropy_by_liger(logits: Tensor, labels: Tensor, losses: Tensor, with
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right in fp32, in one matrix product where the device can."""
     if right.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     elif right.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
