@@ -23,6 +23,11 @@ OWNED = {
     "bf16": "train.precision",
     "fp16": "train.precision",
 }
+OWNED_ZERO = {
+    "stage": "parallel.zero_stage",
+    "offload_optimizer": "parallel.offload_optimizer",
+    "offload_param": "parallel.offload_parameters",
+}
 # DeepSpeed's top-level keys that have no schema of its own and mean something to this trainer.
 PLAIN_KEYS = (
     "communication_data_type",
@@ -33,7 +38,6 @@ PLAIN_KEYS = (
     "memory_breakdown",
     "prescale_gradients",
     "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
 )
 
 
@@ -60,6 +64,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     }
     if recipe.train.precision == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if recipe.parallel.offload_optimizer == "cpu":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # torch's fused AdamW is vectorised on the CPU, too; DeepSpeed's own would be compiled at first use.
+        config["zero_force_ds_cpu_optimizer"] = False
+    if recipe.parallel.offload_parameters == "cpu":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     if recipe.deepspeed:
         _check_keys(recipe.deepspeed)
         merge(config, recipe.deepspeed)
@@ -102,8 +112,8 @@ def _check_keys(section: dict[str, Any]) -> None:
             hint = f"did you mean deepspeed.{close[0]}?" if close else f"one of {', '.join(known)} was expected"
             raise UserError(f"deepspeed.{key}: unknown key; {hint}")
         if key in schemas:
-            if isinstance(value, dict) and "stage" in value:
-                raise UserError(f"deepspeed.{key}.stage: set parallel.zero_stage in the recipe instead")
+            for owned in OWNED_ZERO.keys() & value if isinstance(value, dict) else ():
+                raise UserError(f"deepspeed.{key}.{owned}: set {OWNED_ZERO[owned]} in the recipe instead")
             try:
                 schemas[key].model_validate(value)
             except ValidationError as error:

@@ -93,7 +93,9 @@ def build_model(
     partitioned = recipe.parallel.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext():
         model = LanguageModel(
-            recipe.model.model_copy(deep=True), activation_checkpointing=recipe.train.activation_checkpointing
+            recipe.model.model_copy(deep=True),
+            activation_checkpointing=recipe.train.activation_checkpointing,
+            activation_offload=recipe.train.activation_offload,
         )
     if load is not None:
         _copy_weights(model, load(), str(recipe.init.from_))

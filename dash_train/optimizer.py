@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, zero_stage: in
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
     if isinstance(optimizer, GuardedAdamW):
         optimizer.grad_clip = config.grad_clip

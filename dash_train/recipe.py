@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dash_train.data.config import DataConfig
 from dash_train.errors import UserError
-from dash_train.model.config import ModelConfig, PositiveFloat, Section
+from dash_train.model.config import ActivationCheckpointing, ModelConfig, PositiveFloat, Section
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -61,8 +61,11 @@ class TrainConfig(Section):
     """Rows of one optimizer step over all ranks; a multiple of micro_batch_size times the number of ranks."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model; master weights, moments and gradient accumulation are fp32 either way."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` keeps only each block's input and recomputes the rest in the backward pass."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """`full` keeps only each block's input and recomputes the rest in the backward pass; `selective` keeps attention's
+    output as well, and recomputes all but attention."""
+    activation_offload: bool = False
+    """Keep the blocks' inputs in pinned host memory until the backward pass; needs activation_checkpointing."""
     seed: int = 0
     """Seed of the initial weights."""
     validate_every: Annotated[int, Field(ge=0)] = 100
@@ -76,8 +79,20 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is partitioned over the ranks (1 optimizer state, 2 also gradients, 3 also weights)."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps master weights and moments in host memory and runs AdamW there; needs zero_stage 1, 2 or 3."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the weights in host memory, too; needs zero_stage 3 and offload_optimizer."""
     context: Literal[1] = 1
     """Ranks that share one sequence."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ParallelConfig":
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: cpu needs zero_stage 1, 2 or 3")
+        if self.offload_parameters == "cpu" and (self.zero_stage != 3 or self.offload_optimizer == "none"):
+            raise ValueError("offload_parameters: cpu needs zero_stage 3 and offload_optimizer: cpu")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -136,6 +151,8 @@ class Recipe(Section):
                 "train.precision bf16 needs parallel.zero_stage 1, 2 or 3: DeepSpeed's stage 0 applies Adam's first "
                 "step twice in bf16"
             )
+        if train.activation_offload and train.activation_checkpointing == "none":
+            raise ValueError("train.activation_offload needs train.activation_checkpointing: full or selective")
         return self
 
     def save(self, path: Path) -> None:

@@ -20,6 +20,7 @@ from dash_train.data.tokenizer import load_tokenizer
 from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
 from dash_train.errors import UserError
 from dash_train.initial import Source, build_model, open_source, resolve_model
+from dash_train.memory import naming_the_lever
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
 from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
@@ -58,16 +59,18 @@ class Trainer:
 
         self.deepspeed_config = deepspeed_config(recipe)
         load = source.load if source and not resumed else None
-        model = build_model(recipe, load, self.deepspeed_config)
-        self.model_config = model.config
-        self.engine = build_engine(model, recipe, self.deepspeed_config)
+        with naming_the_lever(recipe, self.world.size, building=True):
+            model = build_model(recipe, load, self.deepspeed_config)
+            self.model_config = model.config
+            self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
 
         self.step = self.tokens = self.skipped_steps = self.nonfinite_in_a_row = 0
         if resumed:
             self._resume(resumed)
         elif self.model_config.attention.routing_scale == "auto":
-            self._calibrate()
+            with naming_the_lever(recipe, self.world.size):
+                self._calibrate()
         if self.world.is_main:
             self._write_run_files()
             self._announce()
@@ -84,7 +87,11 @@ class Trainer:
             world=self.world.size,
             start_step=self.step,
         )
-        with closing(batches), closing(tracker) if tracker else nullcontext():
+        with (
+            closing(batches),
+            closing(tracker) if tracker else nullcontext(),
+            naming_the_lever(self.recipe, self.world.size),
+        ):
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:

@@ -15,8 +15,8 @@ from dash_train.kernels.dash import (
 from dash_train.model.cache import LayerCache
 from dash_train.model.config import ModelConfig
 from dash_train.model.full_attention import BlockMask, full_attention
+from dash_train.model.fused import RMSNorm, apply_rotary
 from dash_train.model.layers import Linear
-from dash_train.model.rotary import apply_rotary
 
 # Of a forward with labels, per layer: the fields of the kernels' RoutingTotals, in their order.
 STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active", "residual")
@@ -41,8 +41,8 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_heads * head_dim, std)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, residual_std)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=config.norm_eps)
         if self.attention_type == "dash":
             self.chunk_query = nn.Parameter(torch.empty(kv_heads, head_dim))
             self.reset_parameters()
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+        return *apply_rotary(q, k, *rotary), v
 
     def _dash_attention(
         self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None, real: Tensor | None

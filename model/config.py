@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 AttentionType = Literal["dash", "full"]
+ActivationCheckpointing = Literal["none", "full", "selective"]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dash_train.model.config import ModelConfig, RopeScaling
-from dash_train.model.fusion import fused_on_cuda
 
 
 def rotary_frequencies(
@@ -54,10 +53,3 @@ def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
     )
     angles = positions[..., None, None].float() * frequencies
     return angles.cos() * factor, angles.sin() * factor
-
-
-@fused_on_cuda
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the heads `[batch, seq, heads, head_dim]`, computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -3,29 +3,25 @@
 Parameter names are those of Hugging Face's Llama (Qwen3 with qk_norm), plus `self_attn.chunk_query` in Dash layers.
 """
 
-from typing import Literal
+from contextlib import nullcontext
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dash_train.model.attention import STATISTICS, Attention
 from dash_train.model.cache import Cache, LayerCache
-from dash_train.model.config import ModelConfig
+from dash_train.model.checkpointing import run_block
+from dash_train.model.config import ActivationCheckpointing, ModelConfig
 from dash_train.model.full_attention import BlockMask, cache_mask, document_mask
-from dash_train.model.fusion import fused_on_cuda
+from dash_train.model.fused import RMSNorm, swiglu
 from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
+from dash_train.model.offload import HostMemory, Offload
 from dash_train.model.rotary import rotary_tables
 
 MLP_TOKENS = 131072  # of a row that go through the MLP together
-
-
-@fused_on_cuda
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202)."""
-    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -46,9 +42,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -64,29 +60,43 @@ class Block(nn.Module):
         normed = self.input_layernorm(hidden)
         attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
         hidden = hidden + attended
-        return hidden + self._mlp(self.post_attention_layernorm(hidden)), statistics
+        del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
+        return self._add_mlp_in_pieces(hidden), statistics
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
+    def _add_mlp_in_pieces(self, hidden: Tensor) -> Tensor:
         """A very long row goes through the MLP in pieces, computed again in the backward pass: its wide intermediates
-        never stand in memory for the whole row."""
-        pieces = hidden.split(MLP_TOKENS, dim=1)
-        if len(pieces) == 1:
-            return self.mlp(hidden)
-        return torch.cat([checkpoint(self.mlp, piece, use_reentrant=False) for piece in pieces], dim=1)
+        never stand in memory for the whole row.
+
+        Under a checkpoint of the whole block the last piece is not computed a third time: recomputing the block ends
+        where that piece's input is saved.
+        """
+        if hidden.shape[1] <= MLP_TOKENS:
+            return self._add_mlp(hidden)
+        run = partial(checkpoint, self._add_mlp, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([run(piece) for piece in hidden.split(MLP_TOKENS, dim=1)], dim=1)
+
+    def _add_mlp(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Transformer(nn.Module):
     """Everything between token ids and the output projection."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: Literal["none", "full"]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        activation_offload: bool = False,
+    ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "vocab_size must be a number: the tokenizer's size, rounded up"
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.host_memory = HostMemory() if activation_offload else None
         self.has_full_layers = any(config.attention_type(layer) == "full" for layer in range(config.layers))
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.init_std)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(
         self,
@@ -112,13 +122,13 @@ class Transformer(nn.Module):
         rotary = rotary_tables(positions, self.config)
 
         hidden = self.embed_tokens(tokens)
+        offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
         statistics = []
         for index, block in enumerate(self.layers):
             inputs = (hidden, rotary, document_starts, real, mask, cache and cache.layers[index])
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                hidden, layer_statistics = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                hidden, layer_statistics = block(*inputs)
+            is_last = index == len(self.layers) - 1  # the backward pass begins with it: its input stays
+            with offload.of(hidden) if offload and not is_last else nullcontext():
+                hidden, layer_statistics = run_block(block, inputs, self.activation_checkpointing)
             statistics.append(layer_statistics)
         if cache is not None and tokens.shape[1] > 1:
             hidden = hidden[torch.arange(len(tokens), device=tokens.device), cache.lengths - 1][:, None]
@@ -130,13 +140,20 @@ class LanguageModel(nn.Module):
 
     Args:
         config: its shape; `vocab_size` must be a number.
-        activation_checkpointing: `full` keeps only each block's input for the backward and computes the rest again.
+        activation_checkpointing: what each block keeps for the backward pass (see `checkpointing.py`).
+        activation_offload: the kept inputs of the blocks wait in host memory; needs checkpointing.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: Literal["none", "full"] = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        activation_offload: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.model = Transformer(config, activation_checkpointing)
+        self.model = Transformer(config, activation_checkpointing, activation_offload)
         self.lm_head = LanguageModelHead(config.hidden_size, self.model.embed_tokens.num_embeddings, config.init_std)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

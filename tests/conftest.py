@@ -25,12 +25,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def tiny_model() -> Callable[..., LanguageModel]:
     """Builds a model of 2 layers and chunks of 16 with random norms and chunk queries, the same at every call."""
 
-    def build(attention: str = "full", activation_checkpointing: Any = "none", **changes: Any) -> LanguageModel:
+    def build(
+        attention: str = "full",
+        activation_checkpointing: Any = "none",
+        activation_offload: bool = False,
+        **changes: Any,
+    ) -> LanguageModel:
         shape = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_size": 48}
         options = {**shape, "vocab_size": 64, "init_std": 0.2, **changes}
         config = ModelConfig(**options, attention={"chunk_size": 16, **ATTENTION[attention]})
         torch.manual_seed(0)
-        model = LanguageModel(config, activation_checkpointing=activation_checkpointing)
+        model = LanguageModel(
+            config, activation_checkpointing=activation_checkpointing, activation_offload=activation_offload
+        )
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or name.endswith("chunk_query"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -27,9 +27,11 @@ def whole_run(tmp_path_factory, corpus):
     return lines(folder / "run")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage):
-    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, parallel__zero_stage=stage)
+@pytest.mark.parametrize(("stage", "checkpointing"), [(1, "none"), (3, "selective")])
+def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage, checkpointing):
+    partition = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    changes = {"parallel__zero_stage": stage, "train__activation_checkpointing": checkpointing, "deepspeed": partition}
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, **changes)
     result = run("pretrain.py", recipe, ranks=2)
     assert result.returncode == 0, result.stderr
     two = lines(tmp_path / "run")

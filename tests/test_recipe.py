@@ -56,6 +56,10 @@ def test_overrides_replace_values(recipe):
         ("train.seq=1000", "train.seq (1000) must be a multiple of model.attention.chunk_size (64)"),
         ("train.micro_batch_size=3", "train.global_batch_size (8) must be a multiple of train.micro_batch_size (3)"),
         ("parallel.zero_stage=0", "train.precision bf16 needs parallel.zero_stage 1, 2 or 3"),
+        ("train.activation_offload=true", "needs train.activation_checkpointing: full or selective"),
+        ("parallel={zero_stage: 0, offload_optimizer: cpu}", "offload_optimizer: cpu needs zero_stage 1, 2 or 3"),
+        ("parallel={zero_stage: 3, offload_parameters: cpu}", "needs zero_stage 3 and offload_optimizer: cpu"),
+        ("parallel={offload_optimizer: cpu, offload_parameters: cpu}", "needs zero_stage 3 and offload_optimizer"),
         ("train.steps", "expected key.sub=value"),
         ("run_dir.x=1", "names nothing in this recipe"),
     ],
@@ -101,6 +105,7 @@ def test_a_resolved_recipe_loads_again(recipe, tmp_path):
         ("{gradient_cliping: 1}", "deepspeed.gradient_cliping: unknown key"),
         ("{gradient_clipping: 1}", "deepspeed.gradient_clipping: set optimizer.grad_clip in the recipe instead"),
         ("{zero_optimization: {stage: 1}}", "deepspeed.zero_optimization.stage: set parallel.zero_stage"),
+        ("{zero_optimization: {offload_param: {}}}", "offload_param: set parallel.offload_parameters"),
         ("{zero_optimization: {reduce_bucket: 1}}", "deepspeed.zero_optimization.reduce_bucket: Extra inputs"),
         ("{zero_optimisation: {}}", "did you mean deepspeed.zero_optimization?"),
     ],
@@ -115,3 +120,11 @@ def test_deepspeed_keys_are_merged(recipe):
     config = deepspeed_config(load_recipe(recipe, ["deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"]))
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert config["zero_optimization"]["stage"] == 2
+
+
+def test_offload_keys_reach_deepspeed(recipe):
+    keys = "parallel={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}"
+    config = deepspeed_config(load_recipe(recipe, [keys]))
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert config["zero_force_ds_cpu_optimizer"] is False

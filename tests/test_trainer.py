@@ -5,6 +5,7 @@ import math
 import deepspeed
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
 from tiny_runs import write_recipe
 
 from dash_train import checkpoint
@@ -29,6 +30,7 @@ SHAPE = {
     "tie_embeddings": True,
 }
 FIXED = {**SHAPE, "attention": FIXED_SCALE}
+MIXED = {**FIXED_SCALE, "type": ["dash", "full"]}
 
 
 @pytest.fixture
@@ -44,14 +46,14 @@ def train(tmp_path, corpus):
 
 
 def plain_training(recipe, rows):
-    """Losses and gradient norms of the recipe by plain PyTorch, the whole global batch at once."""
+    """Losses, gradient norms and the first moments after a step, by plain PyTorch, the whole batch at once."""
     torch.manual_seed(recipe.train.seed)
     model = LanguageModel(recipe.model)
     options = recipe.optimizer
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
     size = recipe.train.global_batch_size
-    losses, norms = [], []
+    losses, norms, first = [], [], {}
     batches = step_batches(rows, global_batch_size=size, micro_batch_size=size, rank=0, world=1)
     for step, batch in zip(range(recipe.train.steps), batches, strict=False):
         micro = batch.micro_batches[0]
@@ -61,10 +63,34 @@ def plain_training(recipe, rows):
         for group in optimizer.param_groups:
             group["lr"] = options.lr * lr_factor(step, recipe.train.steps, recipe.schedule)
         optimizer.step()
+        first = first or {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
         optimizer.zero_grad()
         losses.append(loss.item())
     batches.close()
-    return losses, norms
+    return losses, norms, first
+
+
+def first_moments(trainer, monkeypatch):
+    """Filled after the first optimizer step with AdamW's first moments: (1 - beta) times the clipped gradients."""
+    moments, step = {}, trainer.engine.step
+
+    def watched():
+        step()
+        for name, parameter in () if moments else trainer.engine.module.named_parameters():
+            moments[name] = first_moment(trainer.engine.optimizer, parameter).clone()
+
+    monkeypatch.setattr(trainer.engine, "step", watched)
+    return moments
+
+
+def first_moment(optimizer, parameter):
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0
+        return optimizer.state[parameter]["exp_avg"]
+    if hasattr(parameter, "ds_id"):  # stage 3
+        return safe_get_full_optimizer_state(parameter, "exp_avg")
+    flat = optimizer.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
+    place = parameter._hp_mapping.hp_fragment_address
+    return optimizer.optimizer.state[flat]["exp_avg"].narrow(0, place.start, place.numel).view(parameter.shape)
 
 
 def weights_of(trainer):
@@ -74,25 +100,47 @@ def weights_of(trainer):
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_zero_stage_trains_like_plain_pytorch(tmp_path, corpus, stage, micro_batch_size):
-    options = {"train__micro_batch_size": micro_batch_size, "parallel__zero_stage": stage, "model": FIXED}
-    small = {
-        "optimizer__grad_clip": 0.5,
-        "train__validate_every": 0,
-        "train__steps": 4,
+OFFLOADED = {"parallel__offload_optimizer": "cpu"}
+SAVINGS = {
+    "stage 0": {"parallel__zero_stage": 0},
+    "stage 1": {"parallel__zero_stage": 1, "train__activation_checkpointing": "selective"},
+    "stage 2": {"parallel__zero_stage": 2, "train__activation_checkpointing": "full"},
+    "stage 3": {"parallel__zero_stage": 3, "train__activation_checkpointing": "full"},
+    "stage 3, selective": {"parallel__zero_stage": 3, "train__activation_checkpointing": "selective"},
+    "stage 1, optimizer offloaded": {"parallel__zero_stage": 1, **OFFLOADED},
+    "stage 2, optimizer offloaded": {"parallel__zero_stage": 2, **OFFLOADED},
+    "all that there is": {
+        "parallel__zero_stage": 3,
+        **OFFLOADED,
+        "parallel__offload_parameters": "cpu",
         "train__activation_checkpointing": "full",
-    }
-    partition = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    path = write_recipe(tmp_path / "recipe.yaml", corpus, deepspeed=partition, **options, **small)
-    trainer = Trainer(load_recipe(path))
-    losses, norms = plain_training(trainer.recipe, trainer.training_rows)
+        "train__activation_offload": True,
+    },
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 4])
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_every_saving_trains_like_plain_pytorch(tmp_path, corpus, saving, micro_batch_size, monkeypatch):
+    """Losses, gradient norms and the first step's clipped gradients, with an accumulation of one and of two."""
+    options = {"train__micro_batch_size": micro_batch_size, "model": {**FIXED, "attention": MIXED}, **SAVINGS[saving]}
+    small = {"optimizer__grad_clip": 0.25, "train__validate_every": 0, "train__steps": 4}
+    partition = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    if SAVINGS[saving]["parallel__zero_stage"] == 3:
+        options["deepspeed"] = partition
+    trainer = Trainer(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, **options, **small)))
+    losses, norms, moments = plain_training(trainer.recipe, trainer.training_rows)
+    monkeypatch.setattr("dash_train.model.transformer.MLP_TOKENS", 50)
+    monkeypatch.setattr("dash_train.model.loss.CHUNK_LOGITS", 100 * 512)
+    measured = first_moments(trainer, monkeypatch)
     trainer.train()
     training, _ = read_metrics(tmp_path / "run")
     assert [line["loss"] for line in training] == pytest.approx(losses, rel=1e-5)
-    assert [line["grad_norm"] for line in training] == pytest.approx(norms, rel=1e-4)
-    assert max(norms) > 0.5, "clipping must have been at work"
+    assert [line["grad_norm"] for line in training] == pytest.approx(norms, rel=1e-5)
+    assert norms[0] > 0.25, "clipping must have been at work"
+    assert measured.keys() == moments.keys()
+    for name, moment in moments.items():
+        assert (measured[name] - moment).norm() <= 1e-5 * moment.norm(), name
 
 
 def test_bf16_stages_agree(train):

@@ -2,11 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dash_train.model.config import ModelConfig
-from dash_train.model.loss import CHUNK_TOKENS, LanguageModelHead
 from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
@@ -29,43 +27,6 @@ def test_full_attention_is_llama(tied: bool, qk_norm: bool, tiny_model: Build) -
     tokens = torch.randint(64, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)["logits"], theirs(tokens).logits, atol=1e-4, rtol=0)
-
-
-def test_cross_entropy_in_chunks_equals_plain() -> None:
-    head = LanguageModelHead(8, 50, std=1.0)
-    hidden = torch.randn(2, CHUNK_TOKENS - 100, 8, requires_grad=True)
-    labels = torch.randint(50, hidden.shape[:-1])
-    labels[:, ::3] = -100
-
-    total, losses = head(hidden, labels)
-    gradients = torch.autograd.grad(total * 0.5, (hidden, head.weight))
-    plain = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none")
-    expected = torch.autograd.grad(plain.sum() * 0.5, (hidden, head.weight))
-
-    torch.testing.assert_close(losses.flatten(), plain)
-    torch.testing.assert_close(total, plain.sum())
-    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
-
-
-def gradients(model: LanguageModel) -> list[torch.Tensor]:
-    tokens = torch.arange(48)[None]
-    model(tokens, labels=tokens.roll(-1))["loss"].backward()
-    return [parameter.grad for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("attention", ["full", "dash"])
-def test_activation_checkpointing_changes_no_gradient(attention: str, tiny_model: Build) -> None:
-    plain, checkpointed = (gradients(tiny_model(attention, kind)) for kind in ("none", "full"))
-    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
-def test_mlp_in_pieces_changes_no_gradient(
-    activation_checkpointing: str, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = gradients(tiny_model())
-    monkeypatch.setattr("dash_train.model.transformer.MLP_TOKENS", 20)
-    torch.testing.assert_close(gradients(tiny_model("full", activation_checkpointing)), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_meta_construction_then_initialize_equals_direct() -> None:
