@@ -87,6 +87,17 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
 
 
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last step that are recorded, for example [10, 12]; what comes first is seldom typical."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ProfileConfig":
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)}: the first is after the last")
+        return self
+
+
 class TrackingConfig(Section):
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
@@ -94,6 +105,9 @@ class TrackingConfig(Section):
     """Weights & Biases; `auto` is online when logged in, else offline. The run id survives a resume."""
     project: str = "dash-train"
     """Weights & Biases project."""
+    profile: ProfileConfig | None = None
+    """Steps of which the main rank writes a torch trace and, on CUDA, a memory snapshot into the run folder's
+    `profile`; null records nothing. Recorded steps are slower."""
 
 
 class Recipe(Section):

@@ -23,6 +23,7 @@ from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
 from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
+from dash_train.profiler import StepProfiler
 from dash_train.recipe import Recipe
 from dash_train.resume import check_resumable
 from dash_train.schedule import lr_factor
@@ -76,6 +77,8 @@ class Trainer:
         """Train to the last step; save, validate and draw along the way."""
         train, every = self.recipe.train, self.recipe.checkpoint.every
         tracker = Tracker(self.recipe, self.run_dir, self.step) if self.world.is_main else None
+        profile = self.recipe.tracking.profile if self.world.is_main else None
+        profiler = StepProfiler(profile, self.run_dir, self.device)
         batches = step_batches(
             self.training_rows,
             global_batch_size=train.global_batch_size,
@@ -84,11 +87,12 @@ class Trainer:
             world=self.world.size,
             start_step=self.step,
         )
-        with closing(batches), closing(tracker) if tracker else nullcontext():
+        with closing(batches), closing(profiler), closing(tracker) if tracker else nullcontext():
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:
-                metrics = self.train_step(batches)
+                with profiler.step(self.step + 1):
+                    metrics = self.train_step(batches)
                 if tracker and (self.step % self.recipe.tracking.log_every == 0 or self.step == train.steps):
                     tracker.log_training(metrics)
                 if self._due(train.validate_every) or self.step == train.steps:

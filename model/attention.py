@@ -101,7 +101,14 @@ class Attention(nn.Module):
                 real=real,
             )
         out, stats = dash_attention(
-            q, k, v, self.chunk_query, document_starts=document_starts, return_stats=True, **self._routing()
+            q,
+            k,
+            v,
+            self.chunk_query,
+            document_starts=document_starts,
+            backend=self.config.attention.backend,
+            return_stats=True,
+            **self._routing(),
         )
         return out, torch.stack(stats.summary(real)).float()
 

@@ -21,7 +21,7 @@ from dash_train.kernels.dash.stages import (
 from dash_train.kernels.dash.stats import DashStats, tile_tokens
 
 # Elements of one block's score matrix [batch, heads, rows, keys]; a handful of such matrices live at a time.
-SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**26}
+SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**27}
 
 
 class Block(NamedTuple):
