@@ -105,6 +105,9 @@ class TrackingConfig(Section):
     """Weights & Biases; `auto` is online when logged in, else offline. The run id survives a resume."""
     project: str = "dash-train"
     """Weights & Biases project."""
+    router_gradients_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between measurements of the gradients' norms through the router, per layer (a second backward pass of
+    attention); 0 never measures."""
     profile: ProfileConfig | None = None
     """Steps of which the main rank writes a torch trace and, on CUDA, a memory snapshot into the run folder's
     `profile`; null records nothing. Recorded steps are slower."""

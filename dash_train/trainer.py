@@ -26,6 +26,7 @@ from dash_train.plot import plot_run
 from dash_train.profiler import StepProfiler
 from dash_train.recipe import Recipe
 from dash_train.resume import check_resumable
+from dash_train.router_gradients import RouterGradients
 from dash_train.schedule import lr_factor
 from dash_train.signals import StopFlag
 from dash_train.throughput import Throughput
@@ -91,8 +92,10 @@ class Trainer:
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:
-                with profiler.step(self.step + 1):
+                router = self._router_gradients()
+                with profiler.step(self.step + 1), router.watching() if router else nullcontext():
                     metrics = self.train_step(batches)
+                metrics |= router.norms() if router else {}
                 if tracker and (self.step % self.recipe.tracking.log_every == 0 or self.step == train.steps):
                     tracker.log_training(metrics)
                 if self._due(train.validate_every) or self.step == train.steps:
@@ -241,6 +244,11 @@ class Trainer:
             self.engine.module, inputs["tokens"], inputs["document_starts"], inputs["real"]
         )
         logger.info("routing scales per layer: %s", ", ".join(f"{scale:.4g}" for scale in scales))
+
+    def _router_gradients(self) -> RouterGradients | None:
+        """What watches the next step, if it is one of those."""
+        every = self.recipe.tracking.router_gradients_every
+        return RouterGradients(self.engine.module, self.world) if every and (self.step + 1) % every == 0 else None
 
     def _watch_nonfinite(self) -> None:
         if self.engine.was_step_applied():

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     positions: Tensor  # [1 or batch, rows]
     starts: Tensor  # [1 or batch, rows]: where each row's document begins
     support: Tensor | None  # bool [batch, kv_heads, group, rows, chunks], when it is given
+    router_q: Tensor | None = None  # what the router sees in place of q, when its gradient is wanted alone
 
 
 class Routing(NamedTuple):
@@ -114,7 +115,8 @@ def route(
 def route_rows(rows: Rows, config: DashConfig) -> Routing:
     """Stage 1 of a block."""
     eligible = eligible_chunks(rows.positions, rows.starts, rows.summaries.shape[2], config.chunk_size)
-    return route(rows.q, rows.summaries, eligible, config.routing_scale, rows.support)
+    q = rows.q if rows.router_q is None else rows.router_q
+    return route(q, rows.summaries, eligible, config.routing_scale, rows.support)
 
 
 def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
