@@ -20,11 +20,8 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
     Raises:
         UserError: the run has no metrics yet.
     """
-    if not (run_dir / FILE).is_file():
-        raise UserError(f"{run_dir / FILE}: no such file; a run writes it from its first step on")
-    training, validation = read_metrics(run_dir)
-    if not training:
-        raise UserError(f"{run_dir / FILE}: holds no training step yet")
+    training = read_training(run_dir)
+    validation = read_metrics(run_dir)[1]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,6 +49,20 @@ def plot_run(run_dir: Path, out: Path | None = None) -> Path:
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
     return out
+
+
+def read_training(run_dir: Path) -> list[dict[str, Any]]:
+    """The training lines of a run, at least one.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    if not (run_dir / FILE).is_file():
+        raise UserError(f"{run_dir / FILE}: no such file; a run writes it from its first step on")
+    training, _ = read_metrics(run_dir)
+    if not training:
+        raise UserError(f"{run_dir / FILE}: holds no training step yet")
+    return training
 
 
 def _plot_layers(axis: Any, training: list[dict[str, Any]], key: str, label: str) -> None:

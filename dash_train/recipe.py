@@ -102,6 +102,17 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
 
 
+class ProfileConfig(Section):
+    steps: tuple[PositiveInt, PositiveInt]
+    """First and last step that are recorded, for example [10, 12]; what comes first is seldom typical."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ProfileConfig":
+        if self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)}: the first is after the last")
+        return self
+
+
 class TrackingConfig(Section):
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
@@ -109,6 +120,12 @@ class TrackingConfig(Section):
     """Weights & Biases; `auto` is online when logged in, else offline. The run id survives a resume."""
     project: str = "dash-train"
     """Weights & Biases project."""
+    router_gradients_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between measurements of the gradients' norms through the router, per layer (a second backward pass of
+    attention); 0 never measures."""
+    profile: ProfileConfig | None = None
+    """Steps of which the main rank writes a torch trace and, on CUDA, a memory snapshot into the run folder's
+    `profile`; null records nothing. Recorded steps are slower."""
 
 
 class Recipe(Section):

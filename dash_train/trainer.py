@@ -24,8 +24,10 @@ from dash_train.memory import naming_the_lever
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
 from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
+from dash_train.profiler import StepProfiler
 from dash_train.recipe import Recipe
 from dash_train.resume import check_resumable
+from dash_train.router_gradients import RouterGradients
 from dash_train.schedule import lr_factor
 from dash_train.signals import StopFlag
 from dash_train.throughput import Throughput
@@ -79,6 +81,8 @@ class Trainer:
         """Train to the last step; save, validate and draw along the way."""
         train, every = self.recipe.train, self.recipe.checkpoint.every
         tracker = Tracker(self.recipe, self.run_dir, self.step) if self.world.is_main else None
+        profile = self.recipe.tracking.profile if self.world.is_main else None
+        profiler = StepProfiler(profile, self.run_dir, self.device)
         batches = step_batches(
             self.training_rows,
             global_batch_size=train.global_batch_size,
@@ -89,13 +93,17 @@ class Trainer:
         )
         with (
             closing(batches),
+            closing(profiler),
             closing(tracker) if tracker else nullcontext(),
             naming_the_lever(self.recipe, self.world.size),
         ):
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:
-                metrics = self.train_step(batches)
+                router = self._router_gradients()
+                with profiler.step(self.step + 1), router.watching() if router else nullcontext():
+                    metrics = self.train_step(batches)
+                metrics |= router.norms() if router else {}
                 if tracker and (self.step % self.recipe.tracking.log_every == 0 or self.step == train.steps):
                     tracker.log_training(metrics)
                 if self._due(train.validate_every) or self.step == train.steps:
@@ -244,6 +252,11 @@ class Trainer:
             self.engine.module, inputs["tokens"], inputs["document_starts"], inputs["real"]
         )
         logger.info("routing scales per layer: %s", ", ".join(f"{scale:.4g}" for scale in scales))
+
+    def _router_gradients(self) -> RouterGradients | None:
+        """What watches the next step, if it is one of those."""
+        every = self.recipe.tracking.router_gradients_every
+        return RouterGradients(self.engine.module, self.world) if every and (self.step + 1) % every == 0 else None
 
     def _watch_nonfinite(self) -> None:
         if self.engine.was_step_applied():

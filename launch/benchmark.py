@@ -2,25 +2,28 @@
 
 python launch/benchmark.py attention --seq 32768 --heads 32 --kv-heads 2 --density 0.25 --union 1.12
     [--backward] [--json row.json]
+python launch/benchmark.py train --recipe recipes/1b-128k.yaml --seq 8192,32768,65536,131072 --attention dash,full
+    --peer huggingface [--steps 2] [--json rows.json]
 """
 
-import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
-from dash_train.benchmark import attention, decode
+from dash_train.benchmark import attention, decode, train
+from dash_train.benchmark.report import write_json
 from dash_train.command import command_parser, run_command
 
-BENCHMARKS = {"attention": attention, "decode": decode}
+BENCHMARKS = {"attention": attention, "decode": decode, "train": train}
 
 
 def main(args: Namespace) -> None:
-    row = BENCHMARKS[args.what].run(args)
-    for name, value in row.items():
-        print(f"{name:28}{value:.3f}" if isinstance(value, float) else f"{name:28}{value}")
-    if args.json:
-        arguments = {name: value for name, value in vars(args).items() if name not in ("json", "debug", "local_rank")}
-        args.json.write_text(json.dumps({"arguments": arguments, **row}, indent=2))
+    result = BENCHMARKS[args.what].run(args)
+    for name, value in result.items():
+        if not isinstance(value, list):  # a benchmark of several rows prints them itself
+            print(f"{name:28}{value:.3f}" if isinstance(value, float) else f"{name:28}{value}")
+    if args.json and int(os.environ.get("RANK", 0)) == 0:
+        write_json(args.json, args, result)
 
 
 if __name__ == "__main__":
@@ -28,6 +31,6 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="what", required=True)
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=module.__doc__)
-        command.add_argument("--json", type=Path, help="also write the row to this file")
+        command.add_argument("--json", type=Path, help="also write the result to this file")
         module.add_arguments(command)
     run_command(main, parser)

@@ -1,5 +1,6 @@
 """Self-attention of one block: projections, RoPE, then DashAttention or full causal attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Attention(nn.Module):
     """Grouped-query attention of one layer, of the type that the configuration names for it.
 
     While `calibrate_to` is a density, a forward of a Dash layer first sets `routing_scale` to the scale that gives it.
+    While `watch` is set, it is called with (q, k, v, chunk_query, out) and the other arguments of each such forward.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -34,6 +36,7 @@ class Attention(nn.Module):
         self.attention_type = config.attention_type(layer)
         self.routing_scale = config.routing_scale(layer)
         self.calibrate_to: float | None = None
+        self.watch: Callable[[tuple[Tensor, ...], dict[str, Any]], None] | None = None
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         std, residual_std = config.init_std, config.init_std / (2 * config.layers) ** 0.5
         self.q_proj = Linear(config.hidden_size, heads * head_dim, std)
@@ -100,9 +103,10 @@ class Attention(nn.Module):
                 document_starts=document_starts,
                 real=real,
             )
-        out, stats = dash_attention(
-            q, k, v, self.chunk_query, document_starts=document_starts, return_stats=True, **self._routing()
-        )
+        options = {"document_starts": document_starts, "backend": self.config.attention.backend, **self._routing()}
+        out, stats = dash_attention(q, k, v, self.chunk_query, return_stats=True, **options)
+        if self.watch is not None:
+            self.watch((q, k, v, self.chunk_query, out), options)
         return out, torch.stack(stats.summary(real)).float()
 
     def _routing(self) -> dict[str, Any]:

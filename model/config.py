@@ -30,6 +30,9 @@ class AttentionConfig(Section):
     maximum (continuous when a chunk enters the support)."""
     prior_temperature: PositiveFloat = 1.0
     """Divides the log-prior; large values turn the prior into a hard mask. Ignored by the normalizer `none`."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """What computes DashAttention in training: the Triton kernels, the plain torch reference in fp32 (slow; for
+    comparisons), or `auto`: Triton on CUDA where it can, else the reference."""
 
 
 class RopeScaling(Section):

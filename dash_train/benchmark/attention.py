@@ -15,6 +15,7 @@ from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.attend import attend_segment
 from dash_train.kernels.dash.lists import list_segment, new_prior
 from dash_train.kernels.dash.routing import new_routing, route_segment
+from dash_train.kernels.dash.routing_counts import routing_counts
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape, new_lists
@@ -152,16 +153,11 @@ def _with_density(case: AttentionCase, q: Tensor, k: Tensor, v: Tensor) -> Input
 
 def _routing(case: AttentionCase, q: Tensor, k: Tensor, chunk_query: Tensor, config: DashConfig) -> tuple[float, float]:
     """Density and union factor, without stage 2."""
-    shape = case.shape()
     starts = torch.zeros(1, case.seq, dtype=torch.int32, device=q.device)
-    _, parts = summarize_chunks(k, chunk_query, case.chunk_size)
-    routing, prior = new_routing(shape, 1, q.device), new_prior(shape, q.device)
-    for segment, lists in new_lists(shape, (0,), q.device):
-        route_segment(q, parts, starts, config, shape, segment, lists, routing)
-        list_segment(config, shape, segment, lists, routing, prior)
-    active = prior.active_chunks.sum().item()
+    active_chunks, union_chunks = routing_counts(q, k, chunk_query, config=config, document_starts=starts)
+    active = active_chunks.sum().item()
     eligible = case.batch * case.kv_heads * (torch.arange(case.seq) // case.chunk_size).sum().item()
-    return active / eligible, shape.tile_tokens * routing.union_chunks.sum().item() / max(active, 1)
+    return active / eligible, case.shape().tile_tokens * union_chunks.sum().item() / max(active, 1)
 
 
 def backward_row(case: AttentionCase, peers: dict[str, SDPBackend]) -> dict[str, float | str]:

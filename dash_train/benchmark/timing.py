@@ -1,6 +1,9 @@
 """How every benchmark measures: medians by CUDA events, kernels by the profiler, memory at its peak."""
 
+import time
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -46,3 +49,31 @@ def kernel_times(function: Callable[[], object], least: float = 0.01) -> dict[st
     times = {event.key: event.device_time_total / 1000 for event in profile.key_averages()}
     longest = sorted(times, key=lambda name: -times[name])
     return {f"{name[:40]}_ms": times[name] for name in longest if times[name] > least}
+
+
+class Phases:
+    """Time of a step by phase: between marks on the device (CUDA events), or by the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
+        self.mark("start")
+
+    def mark(self, phase: str) -> None:
+        """What was queued since the last mark belongs to `phase`."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((phase, event))
+        else:
+            self.marks.append((phase, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase, its parts added up. Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        total: dict[str, float] = {}
+        for (_, begin), (phase, end) in pairwise(self.marks):
+            passed = begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+            total[phase] = total.get(phase, 0.0) + passed
+        return total

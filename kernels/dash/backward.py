@@ -26,10 +26,12 @@ def dash_backward(
     *,
     config: DashConfig,
     query_starts: tuple[int, ...],
+    router_dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and chunk_query, in their types, contiguous.
 
     dout contiguous, like q; q, k and v as the copy engine wants them; out, lse and kept as dash_forward returned them.
+    router_dq (zeros like q, of any floating type) takes the router's part of dq, which the result then lacks.
     """
     shape = shape_of(q, k, config.chunk_size)
     sequences = shape.batch * shape.kv_heads
@@ -45,5 +47,6 @@ def dash_backward(
         keys_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, inverse, dk, dv)
         # From here on `lists` holds the gradients of the log-priors in their place.
         attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.union_chunks, dq)
-        routing_backward_segment(q, parts, config, shape, segment, lists, kept, dq, dsummaries)
+        into = dq if router_dq is None else router_dq
+        routing_backward_segment(q, parts, config, shape, segment, lists, kept, into, dsummaries)
     return dq, *summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)

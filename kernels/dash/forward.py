@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash.attend import attend_segment
 from dash_train.kernels.dash.lists import Prior, list_segment, new_prior
+from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.routing import Routing, new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
@@ -20,6 +21,12 @@ class Forward(NamedTuple):
     lse: Tensor  # [batch, heads, q_len] fp32: natural log of stage 2's denominator, log-prior included
     routing: Routing
     prior: Prior
+
+    @property
+    def kept(self) -> Kept:
+        """What the backward pass needs besides `out` and `lse`."""
+        routing = self.routing
+        return Kept(routing.tau, routing.row_max, self.prior.normalizer, routing.union_chunks, routing.union_bits)
 
 
 def dash_forward(

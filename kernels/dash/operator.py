@@ -82,9 +82,7 @@ def forward_operator(
     forward = dash_forward(
         q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
     )
-    routing, prior = forward.routing, forward.prior
-    kept = Kept(routing.tau, routing.row_max, prior.normalizer, routing.union_chunks, routing.union_bits)
-    return forward.out, forward.lse, *kept, prior.active_chunks, routing.residual
+    return forward.out, forward.lse, *forward.kept, forward.prior.active_chunks, forward.routing.residual
 
 
 @torch.library.custom_op("dash_train::dash_attention_backward", mutates_args=())

@@ -21,7 +21,7 @@ from dash_train.kernels.dash.stages import (
 from dash_train.kernels.dash.stats import DashStats, tile_tokens
 
 # Elements of one block's score matrix [batch, heads, rows, keys]; a handful of such matrices live at a time.
-SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**26}
+SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**27}
 
 
 class Block(NamedTuple):
@@ -42,12 +42,17 @@ def dash_attention_reference(
     document_starts: Tensor,
     query_starts: tuple[int, ...],
     support: Tensor | None,
+    router_q: Tensor | None = None,
 ) -> tuple[Tensor, DashStats]:
-    """(out, stats) of dash_attention for arguments already checked; document_starts is [batch or 1, seq]."""
+    """(out, stats) of dash_attention for arguments already checked; document_starts is [batch or 1, seq].
+
+    router_q, like q: what the router sees in its place, so that the gradient through the router has a name of its own.
+    """
     kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
     keys, values = whole_chunks(k, config.chunk_size), whole_chunks(v, config.chunk_size)
     summaries = summarize(keys, chunk_query, config.chunk_size)
     grouped_q = group_heads(q, kv_heads)
+    grouped_router_q = None if router_q is None else group_heads(router_q, kv_heads)
     grouped_support = None if support is None else support.unflatten(1, (kv_heads, group))
     blocks = query_blocks(q, k, document_starts, query_starts, config.chunk_size)
 
@@ -63,6 +68,7 @@ def dash_attention_reference(
             positions=positions[None] - first_key,
             starts=document_starts[:, block.positions] - first_key,
             support=None if grouped_support is None else grouped_support[:, :, :, block.queries, block.chunks],
+            router_q=None if grouped_router_q is None else grouped_router_q[:, :, :, block.queries],
         )
 
     @torch.no_grad()

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.stages import eligible_chunks, group_heads, route, summarize, whole_chunks
+from dash_train.kernels.dash.attention import triton_obstacle
+from dash_train.kernels.dash.stages import DashConfig, eligible_chunks, group_heads, route, summarize, whole_chunks
 
 SCALES = (2.0**-6, 2.0**12)  # where the search looks
 HALVINGS = 16  # of 18 octaves: the scale is found to 2^(18 / 2^16), 0.02 %
@@ -26,24 +27,38 @@ def routing_density(
     q, k, chunk_query, chunk_size and document_starts are those of dash_attention with q_len = seq. `real` (bool
     [batch, seq], default all) marks the tokens that count. Returns 0 when nothing is eligible. Waits for the device.
     """
-    batch, seq, heads, _ = q.shape
+    batch, seq, _, _ = q.shape
     if document_starts is None:
         document_starts = torch.zeros(1, seq, dtype=torch.int32, device=q.device)
     if real is None:
         real = torch.ones(1, seq, dtype=torch.bool, device=q.device)
+    config = DashConfig(chunk_size, routing_scale, "peak", 1.0)
+    if q.is_cuda and not triton_obstacle(q, chunk_size):
+        from dash_train.kernels.dash.routing_counts import routing_counts  # triton, which only CUDA needs
+
+        active, _ = routing_counts(q, k, chunk_query, config=config, document_starts=document_starts)
+    else:
+        active = _active_chunks(q, k, chunk_query, config, document_starts)
+    positions = torch.arange(seq, device=q.device)
+    eligible = (positions // chunk_size - document_starts // chunk_size) * real
+    pairs = eligible.expand(batch, -1).sum() * k.shape[2]
+    return ((active * real[:, None]).sum().double() / pairs.clamp(min=1)).item()
+
+
+def _active_chunks(q: Tensor, k: Tensor, chunk_query: Tensor, config: DashConfig, document_starts: Tensor) -> Tensor:
+    """|R(t)| int64 [batch, kv_heads, seq] in plain torch, block of rows by block."""
+    batch, seq, heads, _ = q.shape
     grouped_q = group_heads(q, k.shape[2])
-    summaries = summarize(whole_chunks(k, chunk_size), chunk_query, chunk_size)
+    summaries = summarize(whole_chunks(k, config.chunk_size), chunk_query, config.chunk_size)
     positions = torch.arange(seq, device=q.device)[None]
     size = max(1, SCORES_PER_BLOCK // (batch * heads * summaries.shape[2]))
-    active = torch.zeros((), dtype=torch.int64, device=q.device)
-    eligible = torch.zeros((), dtype=torch.int64, device=q.device)
+    active = []
     for low in range(0, seq, size):
         rows = slice(low, low + size)
-        block = eligible_chunks(positions[:, rows], document_starts[:, rows], summaries.shape[2], chunk_size)
-        routed = route(grouped_q[:, :, :, rows], summaries, block, routing_scale).routed
-        active += (routed & real[:, None, rows, None]).sum()
-        eligible += (block & real[:, rows, None]).expand(batch, -1, -1).sum()
-    return (active.double() / (eligible * k.shape[2]).clamp(min=1)).item()
+        starts = document_starts[:, rows]
+        eligible = eligible_chunks(positions[:, rows], starts, summaries.shape[2], config.chunk_size)
+        active.append(route(grouped_q[:, :, :, rows], summaries, eligible, config.routing_scale).routed.sum(-1))
+    return torch.cat(active, -1)
 
 
 def find_routing_scale(

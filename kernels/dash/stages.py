@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     positions: Tensor  # [1 or batch, rows]
     starts: Tensor  # [1 or batch, rows]: where each row's document begins
     support: Tensor | None  # bool [batch, kv_heads, group, rows, chunks], when it is given
+    router_q: Tensor | None = None  # what the router sees in place of q, when its gradient is wanted alone
 
 
 class Routing(NamedTuple):
@@ -114,7 +115,8 @@ def route(
 def route_rows(rows: Rows, config: DashConfig) -> Routing:
     """Stage 1 of a block."""
     eligible = eligible_chunks(rows.positions, rows.starts, rows.summaries.shape[2], config.chunk_size)
-    return route(rows.q, rows.summaries, eligible, config.routing_scale, rows.support)
+    q = rows.q if rows.router_q is None else rows.router_q
+    return route(q, rows.summaries, eligible, config.routing_scale, rows.support)
 
 
 def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
@@ -140,9 +142,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prior: Tensor, positions: Tensor, ch
     token = torch.arange(k.shape[2], device=k.device)
     bias = prior[..., None].expand(*prior.shape, chunk_size).flatten(-2)
     bias = bias.masked_fill(token > positions[:, None, :, None], -torch.inf)  # [batch, kv_heads, rows, keys]
+    if q.is_cuda and q.dtype == torch.float32:
+        return attend_fused(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5).flatten(2, 3) @ k.mT
     weights = (scores.unflatten(2, q.shape[2:4]) + bias[:, :, None]).softmax(-1)
     return (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The softmax of stage 2 by SDPA, which on CUDA (its memory-efficient kernels, fp32 in three passes of the matrix
+    units) is several times faster than plain torch; bias [batch, kv_heads, rows, keys].
+    """
+    # KV heads join the batch and the group are the heads, so that the bias, which they share, is not repeated.
+    keys, values = (t.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=bias.flatten(0, 1)[:, None])
+    return out.unflatten(0, q.shape[:2])
 
 
 def attend_rows(rows: Rows, config: DashConfig) -> Attended:

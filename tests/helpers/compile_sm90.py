@@ -22,7 +22,6 @@ from dash_train.kernels.dash.backward import dash_backward
 from dash_train.kernels.dash.decode_attend import attend_lists
 from dash_train.kernels.dash.decode_routing import route_newest
 from dash_train.kernels.dash.forward import dash_forward
-from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import update_chunk_summaries
 
@@ -54,9 +53,7 @@ def run_passes(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: i
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
     starts = torch.zeros(1, seq, dtype=torch.int32)
     forward = dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
-    routing = forward.routing
-    kept = Kept(routing.tau, routing.row_max, forward.prior.normalizer, routing.union_chunks, routing.union_bits)
-    dash_backward(q, q, k, k, k[0, 0], q, forward.lse, kept, config=config, query_starts=(0,))
+    dash_backward(q, q, k, k, k[0, 0], q, forward.lse, forward.kept, config=config, query_starts=(0,))
 
 
 def run_decode(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:

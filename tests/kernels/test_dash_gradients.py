@@ -2,7 +2,7 @@ import pytest
 import torch
 from dense_dash import dense_dash
 
-from dash_train.kernels.dash import dash_attention, reference
+from dash_train.kernels.dash import dash_attention, reference, stages
 
 CHUNK = 4
 STARTS = torch.tensor([[0] * 8 + [8] * 14, [0] * 16 + [16] * 6], dtype=torch.int32)
@@ -128,3 +128,42 @@ def test_half_types_get_gradients_of_their_own_type(dtype):
     for gradient, expected in zip(gradients, truth, strict=True):
         assert gradient.dtype == dtype
         assert (gradient.double() - expected).norm() <= 1e-2 * expected.norm() + 1e-6
+
+
+def test_the_fused_softmax_equals_the_plain_one():
+    torch.manual_seed(0)
+    batch, kv_heads, group, rows, keys, dim = 2, 2, 3, 8, 16, 4
+    shapes = [(batch, kv_heads, group, rows, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim)]
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    prior = torch.randn(batch, kv_heads, rows, keys // CHUNK, dtype=torch.float64)
+    prior[..., 1] = -torch.inf
+    prior.requires_grad_()
+    positions = torch.arange(keys - rows, keys)[None]
+    bias = prior.repeat_interleave(CHUNK, -1).masked_fill(torch.arange(keys) > positions[..., None], -torch.inf)
+    plain = stages.attend(*tensors, prior, positions, CHUNK)
+    fused = stages.attend_fused(*tensors, bias)
+    torch.testing.assert_close(fused, plain)
+    upstream = torch.randn_like(plain)
+    inputs = (*tensors, prior)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (fused, plain)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fp32_on_cuda_equals_float64(head_dim):
+    """Its softmax is the fused one: as exact as fp32 elsewhere."""
+    torch.manual_seed(0)
+    starts = torch.zeros(2, 1000, dtype=torch.int32, device="cuda")
+    starts[1, 320:] = 320
+    shapes = [(2, 1000, heads, head_dim) for heads in (8, 2, 2)]
+    tensors = [torch.randn(shape, device="cuda") for shape in (*shapes, (2, head_dim))]
+    options = {"routing_scale": 12.0, "prior_normalizer": "peak", "document_starts": starts, "backend": "reference"}
+    single, double = ([t.to(dtype).requires_grad_() for t in tensors] for dtype in (torch.float32, torch.float64))
+    out, stats = dash_attention(*single, **options, return_stats=True)
+    exact = dash_attention(*double, **options, support=stats.support())
+    upstream = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, single, upstream)
+    truth = torch.autograd.grad(exact, double, upstream.double())
+    for one, expected in zip((out, *gradients), (exact, *truth), strict=True):
+        assert (one.double() - expected).norm() <= 2e-5 * expected.norm()

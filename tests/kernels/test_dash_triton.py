@@ -5,6 +5,8 @@ import torch
 from dash_cases import TOLERANCE, Case, call, error_against_reference
 
 from dash_train.kernels.dash import dash_attention
+from dash_train.kernels.dash.routing_counts import routing_counts
+from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.tiles import Shape, segments, workspace_bytes
 
 pytestmark = [
@@ -54,6 +56,16 @@ def test_pieces_equal_the_rows_of_the_whole_call():
     pieces = torch.cat([q[:, 32:64], q[:, 96:128]], 1)
     out = dash_attention(pieces, k, v, w, **options, query_starts=(32, 96), backend="triton")
     assert torch.equal(out, torch.cat([whole[:, 32:64], whole[:, 96:128]], 1))
+
+
+def test_routing_alone_counts_what_the_whole_call_counts():
+    tensors, options = call(Case(group=4, documents=True, ragged=True), 6, "cpu")
+    names = ("chunk_size", "routing_scale", "prior_normalizer", "prior_temperature")
+    config = DashConfig(*(options[name] for name in names))
+    q, k, _, w = tensors
+    active, union = routing_counts(q, k, w, config=config, document_starts=options["document_starts"])
+    _, stats = dash_attention(*tensors, **options, backend="triton", return_stats=True)
+    assert torch.equal(active, stats.active_chunks) and torch.equal(union, stats.union_chunks)
 
 
 def test_segments_change_nothing(monkeypatch):

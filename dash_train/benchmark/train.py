@@ -1,0 +1,293 @@
+"""Speed of training: whole optimizer steps of a recipe's model, Dash or full attention, and of transformers' Llama.
+
+Needs no data: the rows are made up. Each column has the GPU to itself, and ours stands right before its peer.
+"""
+
+import argparse
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dash_train.benchmark.inputs import Rows, mean, rows_with_locality, set_density
+from dash_train.benchmark.peer import Peer, PeerOptimizer, peer_attention
+from dash_train.benchmark.report import markdown_table, write_json
+from dash_train.benchmark.timing import Phases
+from dash_train.engine import build_engine, deepspeed_config
+from dash_train.errors import UserError
+from dash_train.initial import build_model, resolve_model
+from dash_train.parallel import World, init_world
+from dash_train.recipe import Recipe, load_recipe
+from dash_train.throughput import Throughput
+from dash_train.totals import Totals
+
+LR = 1e-6  # nothing shall be learned: the density is to stay where it was set
+WARM_UP_MICRO_BATCHES = 2  # the second accumulates
+KEPT_GB = 0.5  # libraries' workspaces stay
+DENSE_SEQ = 8192  # up to here groups of 8 heads do not reach a density of .10
+PHASES = ("data", "forward", "backward", "optimizer")
+TABLE = {
+    "seq": "tokens a row|,",
+    "what": "",
+    "tokens_per_second_per_gpu": "tokens/s per GPU|,.0f",
+    "over_peer": "over the peer|.2f",
+    "mfu": "MFU, dense|.1%",
+    "attended_mfu": "MFU, attended|.1%",
+    "memory_gb": "peak memory, GB|.1f",
+    **{f"{phase}_s": f"{phase}, s|.3f" for phase in PHASES},
+    "density": "density|.3f",
+    "union_factor": "U|.2f",
+    "error": "",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `launch/benchmark.py train`. Lists are separated by commas."""
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
+    parser.add_argument("--recipe", default="recipes/1b-128k.yaml", help="the model, its optimizer and memory savings")
+    parser.add_argument("--seq", type=_integers, default=[131072], help="tokens of a row, one or several lengths")
+    parser.add_argument("--attention", type=_words("dash", "full"), default=["dash"], help="dash, full or both")
+    parser.add_argument("--density", type=float, help="default: .10; .25 up to 8192 tokens and on text")
+    parser.add_argument("--repeat", type=int, help="times each random token id stands (default: found, U = 1.2 to 1.4)")
+    parser.add_argument("--text", action="store_true", help="the standard library's bytes in place of random ids")
+    parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
+    parser.add_argument("--step-tokens", type=int, default=131072, help="tokens of a step on each GPU; at least a row")
+    parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
+    parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every row of `launch/benchmark.py train`. Those done so far are always in the JSON file.
+
+    Raises:
+        UserError: the recipe is wrong, or a peer was asked for on several ranks.
+    """
+    world = init_world()
+    if args.peer and world.size > 1:
+        raise UserError(f"--peer {args.peer}: the peer runs on one GPU, not on {world.size}")
+    peers = args.peer_precision if args.peer else []
+    rows: list[dict[str, Any]] = []
+    for seq in args.seq:
+        for column in (*args.attention, *peers):
+            rows.append(_row(args, seq, column, world))
+            _compare_with_peer(rows)
+            if world.is_main:
+                print(_sentence(rows[-1]), flush=True)
+                if args.json:
+                    write_json(args.json, args, {"rows": rows})
+    if world.is_main:
+        print("\n" + markdown_table(TABLE, rows))
+    return {"rows": rows}
+
+
+class Trainee(Protocol):
+    """A model and its optimizer, ours or the peer's."""
+
+    def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
+        """One optimizer step of `count` micro-batches; its phases."""
+
+    def close(self) -> None:
+        """Undo what would keep its tensors alive."""
+
+
+class Ours:
+    """The engine and the step of the trainer."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        config = deepspeed_config(recipe)
+        # Weights drawn on the device: no minute of waiting. zero.Init places its own.
+        with world.device if recipe.parallel.zero_stage < 3 else nullcontext():
+            model = build_model(recipe, None, config)
+        self.world, self.engine = world, build_engine(model, recipe, config)
+
+    def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
+        phases = Phases(self.world.device)
+        for _ in range(count):
+            batch = _to_device(next(micro_batches), self.world.device)
+            tokens = batch["tokens"].shape[1] - 1
+            phases.mark("data")
+            outputs = self.engine(**batch)
+            phases.mark("forward")
+            self.engine.backward(outputs["loss"] / (count * tokens), scale_wrt_gas=False)
+            phases.mark("backward")
+            totals.add(outputs, tokens)
+        self.engine.step()
+        phases.mark("optimizer")
+        return phases
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+class Theirs:
+    """transformers' Llama, trained in a plain loop."""
+
+    def __init__(self, recipe: Recipe, precision: str, device: torch.device) -> None:
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        self.config, self.device = recipe.model, device
+        self.model = Peer(recipe.model, max_seq=recipe.train.seq, dtype=dtype, device=device)
+        self.optimizer = PeerOptimizer(self.model, recipe.optimizer, precision)
+
+    def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
+        phases = Phases(self.device)
+        with peer_attention(self.config, self.device):
+            for _ in range(count):
+                batch = _to_device(next(micro_batches), self.device)
+                phases.mark("data")
+                loss = self.model(**batch) / (count * (batch["tokens"].shape[1] - 1))
+                phases.mark("forward")
+                loss.backward()
+                phases.mark("backward")
+        self.optimizer.step()
+        phases.mark("optimizer")
+        return phases
+
+    def close(self) -> None:
+        """There is nothing."""
+
+
+def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[str, Any]:
+    """One length of one column; running out of memory is a result too."""
+    is_ours = column in ("dash", "full")
+    micro_batches = max(1, args.step_tokens // seq)
+    recipe = _recipe(args, seq, micro_batches * world.size, column if is_ours else "full")
+    row: dict[str, Any] = {"seq": seq, "what": f"ours, {column}" if is_ours else f"{args.peer}, {column}"}
+    trainee: Trainee | None = None
+    try:
+        if is_ours:
+            trainee = Ours(recipe, world)
+            rows = _dash_rows(args, trainee, recipe, world) if column == "dash" else _plain_rows(args, recipe)
+        else:
+            trainee, rows = Theirs(recipe, column, world.device), _plain_rows(args, recipe)
+        row["repeat"] = rows.repeat
+        row |= _measure(trainee, rows, recipe, world, micro_batches, args.steps)
+    except torch.OutOfMemoryError:
+        row["error"] = "out of memory"
+    if trainee is not None:
+        trainee.close()
+    trainee = None
+    _free_memory(world.device)
+    return row
+
+
+def _recipe(args: argparse.Namespace, seq: int, rows: int, attention: str) -> Recipe:
+    fixed = {
+        "train.seq": seq,
+        "train.micro_batch_size": 1,
+        "train.global_batch_size": rows,
+        "optimizer.lr": LR,
+        "model.attention.type": attention,
+    }
+    recipe = load_recipe(args.recipe, [*args.overrides, *(f"{key}={value}" for key, value in fixed.items())])
+    return resolve_model(recipe, None, recipe.model.vocab_size or recipe.data.tokenizer.vocab_size)
+
+
+def _plain_rows(args: argparse.Namespace, recipe: Recipe) -> Rows:
+    assert recipe.model.vocab_size is not None
+    return Rows(recipe.train.seq, recipe.model.vocab_size, args.repeat or 1, args.text)
+
+
+def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: World) -> Rows:
+    """Rows on which the model, its routing scales now set, has the wanted density."""
+    seq, model = recipe.train.seq, ours.engine.module
+    density = args.density or (0.25 if args.text or seq <= DENSE_SEQ else 0.10)
+    if not (args.text or args.repeat):
+        return rows_with_locality(model, seq, density, world.device)
+    rows = _plain_rows(args, recipe)
+    set_density(model, rows, density, world.device)
+    return rows
+
+
+def _measure(
+    trainee: Trainee, rows: Rows, recipe: Recipe, world: World, micro_batches: int, steps: int
+) -> dict[str, Any]:
+    """Medians over the timed steps; the router's statistics over all of them."""
+    device = world.device
+    batches = rows.micro_batches(world.rank)
+    _reset_peak_memory(device)
+    warm_up = Totals(recipe.model.layers, recipe.model.kv_heads, device)
+    trainee.step(batches, min(micro_batches, WARM_UP_MICRO_BATCHES), warm_up).seconds()
+
+    totals = Totals(recipe.model.layers, recipe.model.kv_heads, device)
+    seconds, phases = [], []
+    for _ in range(steps):
+        started = time.perf_counter()
+        phases.append(trainee.step(batches, micro_batches, totals).seconds())
+        seconds.append(time.perf_counter() - started)
+    totals.reduce()
+    layers = totals.per_layer()
+    throughput = Throughput(recipe.model, recipe, device, world.size)
+    tokens = micro_batches * rows.seq * world.size
+    return {
+        **throughput.measure(tokens, statistics.median(seconds), layers["routed_chunks"]),
+        **{f"{phase}_s": statistics.median(step[phase] for step in phases) for phase in PHASES},
+        "step_seconds": seconds,
+        "density": mean(layers["density"]),
+        "union_factor": mean(layers["union_factor"]),
+        "density_per_layer": layers["density"],
+        "union_factor_per_layer": layers["union_factor"],
+    }
+
+
+def _compare_with_peer(rows: list[dict[str, Any]]) -> None:
+    """Give our rows of the last length their speed over the peer of equal arithmetic, once it is known."""
+    peer = rows[-1]
+    if not peer["what"].endswith("fp32-master") or "error" in peer:
+        return
+    for row in rows:
+        if row["seq"] == peer["seq"] and "error" not in row:
+            row["over_peer"] = row["tokens_per_second_per_gpu"] / peer["tokens_per_second_per_gpu"]
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    start = f"{row['what']}, {row['seq']:,} tokens: "
+    if "error" in row:
+        return start + row["error"]
+    text = start + f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s, {row['memory_gb']:.1f} GB"
+    for name, key in (("density", "density_per_layer"), ("U", "union_factor_per_layer")):
+        if None not in row[key]:
+            text += f"; {name} per layer {' '.join(f'{value:.2f}' for value in row[key])}"
+    return text
+
+
+def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    left = torch.cuda.memory_allocated(device) / 1e9
+    if left > KEPT_GB:  # seen with DeepSpeed's stages 1 and 3, whose hooks make cycles that nothing collects
+        logger.warning("%.1f GB of this column were not freed: the next one has less, and its peak counts them", left)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _words(*choices: str) -> Any:
+    """A parser of a comma-separated list of some of `choices`."""
+
+    def parse(text: str) -> list[str]:
+        words = text.split(",")
+        if unknown := set(words) - set(choices):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected a list of {', '.join(choices)}")
+        return words
+
+    return parse

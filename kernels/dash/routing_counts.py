@@ -1,0 +1,26 @@
+"""What the router does with a batch, found by the Triton kernels of stages 0 and 1 alone: no attention is computed."""
+
+from torch import Tensor
+
+from dash_train.kernels.dash.lists import list_segment, new_prior
+from dash_train.kernels.dash.routing import new_routing, route_segment
+from dash_train.kernels.dash.stages import DashConfig
+from dash_train.kernels.dash.summaries import summarize_chunks
+from dash_train.kernels.dash.tiles import new_lists, shape_of
+
+
+def routing_counts(
+    q: Tensor, k: Tensor, chunk_query: Tensor, *, config: DashConfig, document_starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """|R(t)| `[batch, kv_heads, seq]` and |union of R(t)| over each tile `[batch, kv_heads, tiles]`, both int32.
+
+    q, k, chunk_query as in dash_attention with q_len = seq; document_starts [batch or 1, seq].
+    """
+    q, k = q.contiguous(), k.contiguous()
+    shape = shape_of(q, k, config.chunk_size)
+    _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
+    routing, prior = new_routing(shape, 1, q.device), new_prior(shape, q.device)
+    for segment, lists in new_lists(shape, (0,), q.device):
+        route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
+        list_segment(config, shape, segment, lists, routing, prior)
+    return prior.active_chunks, routing.union_chunks
