@@ -63,7 +63,8 @@ def _by_triton(
     from dash_train.kernels.dash.forward import dash_forward
 
     dout, q, k, v = (t.contiguous() for t in (dout, q, k, v))
-    inputs, options = (q, k, v, chunk_query), {"config": config, "query_starts": (0,)}
+    inputs = (q, k, v, chunk_query)
+    options: dict[str, Any] = {"config": config, "query_starts": (0,)}
     forward = dash_forward(*inputs, **options, document_starts=document_starts)
     dq = torch.zeros_like(q, dtype=torch.float32)
     saved = (forward.out, forward.lse, forward.kept)
