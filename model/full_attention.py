@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
@@ -17,33 +18,51 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Softmax attention of q `[batch, seq, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, query_starts: tuple[int, ...] = (0,)
+) -> Tensor:
+    """Softmax attention of q `[batch, q_len, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
 
-    `mask` says who is seen: that of `document_mask` or `cache_mask`; None is plain causality.
+    `mask` says who is seen: that of `document_mask` or `cache_mask`; None is plain causality. q is as many equal pieces
+    as `query_starts` names positions of the row, piece i from query_starts[i] on; default the whole row.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
         out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+    elif mask is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        pieces = q.chunk(len(query_starts), dim=2)
+        out = torch.cat([_causal(piece, k, v, start) for piece, start in zip(pieces, query_starts, strict=True)], dim=2)
     return out.transpose(1, 2)
 
 
-def document_mask(document_starts: Tensor) -> Tensor | BlockMask:
+def _causal(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Queries of the positions from `start` on see the keys up to their own; sequences in dimension 2."""
+    seen = start + q.shape[2]
+    k, v = k[:, :, :seen], v[:, :, :seen]
+    if start == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # A mask that is not a tensor: on CUDA it selects FlashAttention's causality from the last query and key back.
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], seen), enable_gqa=True)
+
+
+def document_mask(document_starts: Tensor, positions: Tensor) -> Tensor | BlockMask:
     """Who sees whom in packed rows, from `[batch, seq]`: no later token, none before one's own document.
 
-    A bool `[batch, 1, seq, seq]` on the CPU, FlexAttention's block mask on CUDA.
+    `positions` `[q_len]` says where in the row the queries stand. A bool `[batch, 1, q_len, seq]` on the CPU,
+    FlexAttention's block mask on CUDA.
     """
     batch, seq = document_starts.shape
+    starts = document_starts[:, positions]
     if document_starts.is_cuda:
 
         def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (key >= document_starts[row, query])
+            return (key <= positions[query]) & (key >= starts[row, query])
 
-        return create_block_mask(sees, batch, None, seq, seq, device="cuda", _compile=True)
-    index = torch.arange(seq)
-    return ((index <= index[:, None]) & (index >= document_starts[..., None]))[:, None]
+        return create_block_mask(sees, batch, None, len(positions), seq, device="cuda", _compile=True)
+    key = torch.arange(seq)
+    return ((key <= positions[:, None]) & (key >= starts[..., None]))[:, None]
 
 
 def cache_mask(lengths: Tensor, capacity: int) -> Tensor:

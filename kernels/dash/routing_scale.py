@@ -1,5 +1,7 @@
 """Finding the routing scale at which a layer's density is a given number: `routing_scale: auto`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,31 +21,37 @@ def routing_density(
     routing_scale: float,
     chunk_size: int = 64,
     document_starts: Tensor | None = None,
+    query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
+    add_up: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> float:
     """The density at one routing scale: routed over eligible (token, chunk) pairs, without stage 2.
 
-    q, k, chunk_query, chunk_size and document_starts are those of dash_attention with q_len = seq. `real` (bool
-    [batch, seq], default all) marks the tokens that count. Returns 0 when nothing is eligible. Waits for the device.
+    q, k, chunk_query, chunk_size, document_starts and query_starts are those of dash_attention. `real` (bool
+    [batch, q_len], default all) marks the queries that count. Where other processes hold more queries or heads of the
+    same rows, `add_up` sums counts (int64 [2]) over them. Returns 0 when nothing is eligible. Waits for the device.
     """
-    batch, seq, heads, _ = q.shape
+    batch, q_len, heads, _ = q.shape
     if document_starts is None:
-        document_starts = torch.zeros(1, seq, dtype=torch.int32, device=q.device)
+        document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
     if real is None:
-        real = torch.ones(1, seq, dtype=torch.bool, device=q.device)
+        real = torch.ones(1, q_len, dtype=torch.bool, device=q.device)
     grouped_q = group_heads(q, k.shape[2])
     summaries = summarize(whole_chunks(k, chunk_size), chunk_query, chunk_size)
-    positions = torch.arange(seq, device=q.device)[None]
+    piece = q_len // len(query_starts)
+    positions = torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts])
+    starts = document_starts[:, positions]
     size = max(1, SCORES_PER_BLOCK // (batch * heads * summaries.shape[2]))
     active = torch.zeros((), dtype=torch.int64, device=q.device)
     eligible = torch.zeros((), dtype=torch.int64, device=q.device)
-    for low in range(0, seq, size):
+    for low in range(0, q_len, size):
         rows = slice(low, low + size)
-        block = eligible_chunks(positions[:, rows], document_starts[:, rows], summaries.shape[2], chunk_size)
+        block = eligible_chunks(positions[None, rows], starts[:, rows], summaries.shape[2], chunk_size)
         routed = route(grouped_q[:, :, :, rows], summaries, block, routing_scale).routed
         active += (routed & real[:, None, rows, None]).sum()
         eligible += (block & real[:, rows, None]).expand(batch, -1, -1).sum()
-    return (active.double() / (eligible * k.shape[2]).clamp(min=1)).item()
+    active, eligible = add_up(torch.stack([active, eligible * k.shape[2]]))
+    return (active.double() / eligible.clamp(min=1)).item()
 
 
 def find_routing_scale(
@@ -54,7 +62,9 @@ def find_routing_scale(
     *,
     chunk_size: int = 64,
     document_starts: Tensor | None = None,
+    query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
+    add_up: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> float:
     """The smallest routing scale, from 2^-6 to 2^12, whose density on this batch is at most `target`.
 
@@ -74,7 +84,9 @@ def find_routing_scale(
             routing_scale=scale,
             chunk_size=chunk_size,
             document_starts=document_starts,
+            query_starts=query_starts,
             real=real,
+            add_up=add_up,
         )
 
     low, high = SCALES
