@@ -21,7 +21,7 @@ from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
 from dash_train.errors import UserError
 from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
-from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
+from dash_train.parallel import barrier, init_world, join_context, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
 from dash_train.recipe import Recipe
 from dash_train.resume import check_resumable
@@ -45,7 +45,9 @@ class Trainer:
         self.world = init_world()
         self.device = self.world.device
         self.stop = StopFlag()
-        self._check_world()
+        self.context = join_context(self.world, recipe.parallel)
+        self.readers = self.world.size // self.context.size  # data-parallel ranks
+        self._check_batch()
 
         resumed = checkpoint.newest(self.run_dir / "checkpoints")
         source = open_source(recipe.init.from_) if recipe.init.from_ else None
@@ -58,7 +60,7 @@ class Trainer:
 
         self.deepspeed_config = deepspeed_config(recipe)
         load = source.load if source and not resumed else None
-        model = build_model(recipe, load, self.deepspeed_config)
+        model = build_model(recipe, load, self.deepspeed_config, self.context)
         self.model_config = model.config
         self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
@@ -80,8 +82,8 @@ class Trainer:
             self.training_rows,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.rank // self.context.size,
+            world=self.readers,
             start_step=self.step,
         )
         with closing(batches), closing(tracker) if tracker else nullcontext():
@@ -107,7 +109,7 @@ class Trainer:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        counts = [int((micro["labels"] != IGNORE).sum()) for micro in batch.micro_batches]
+        counts = [int((self.context.share(micro["labels"]) != IGNORE).sum()) for micro in batch.micro_batches]
         step_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=self.device)).clamp(min=1)
 
         totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
@@ -150,11 +152,12 @@ class Trainer:
         for micro in validation_batches(
             self.validation_rows,
             micro_batch_size=self.recipe.train.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.rank // self.context.size,
+            world=self.readers,
             limit_rows=self.recipe.train.validation_rows,
         ):
-            labels = micro["labels"][micro["labels"] != IGNORE]
+            labels = self.context.share(micro["labels"])
+            labels = labels[labels != IGNORE]
             totals.add(self.engine(**self._to_device(micro)), labels.numel(), int(self.token_bytes[labels].sum()))
         totals.reduce()
         self.engine.train()
@@ -186,12 +189,13 @@ class Trainer:
         if tracker:
             tracker.say(f"step {self.step}: saved {saved}")
 
-    def _check_world(self) -> None:
-        train, ranks = self.recipe.train, self.world.size
-        if train.global_batch_size % (train.micro_batch_size * ranks):
+    def _check_batch(self) -> None:
+        train = self.recipe.train
+        if train.global_batch_size % (train.micro_batch_size * self.readers):
+            shared = f" over parallel.context ({self.context.size})" if self.context.size > 1 else ""
             raise UserError(
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
-                f"({train.micro_batch_size}) times the number of ranks ({ranks})"
+                f"({train.micro_batch_size}) times the number of ranks ({self.world.size}){shared}"
             )
 
     def _prepare_data(self, source: Source | None) -> Path:
@@ -263,15 +267,16 @@ class Trainer:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _announce(self) -> None:
-        train, ranks = self.recipe.train, self.world.size
+        train, shared = self.recipe.train, self.context.size
         logger.info(
-            "%s parameters; a step is %d rows of %d tokens: %d rank(s) x %d micro-batch(es) of %d; rows are %.1f %% "
+            "%s parameters; a step is %d rows of %d tokens: %d rank(s)%s x %d micro-batch(es) of %d; rows are %.1f %% "
             "full; step %d of %d",
             f"{self.throughput.parameters:,}",
             train.global_batch_size,
             train.seq,
-            ranks,
-            train.global_batch_size // (ranks * train.micro_batch_size),
+            self.world.size,
+            f", {shared} to a row," if shared > 1 else "",
+            train.global_batch_size // (self.readers * train.micro_batch_size),
             train.micro_batch_size,
             100 * self.training_rows.fill(),
             self.step,

@@ -150,7 +150,9 @@ class Gather(AllToAll):
 
     def forward(self, outgoing: Tensor) -> Tensor:
         incoming = outgoing.new_empty(self.size, *outgoing.shape)
-        self.work = dist.all_gather_into_tensor(incoming, outgoing.contiguous(), group=self.group, async_op=True)
+        self.work = dist.all_gather_into_tensor(
+            incoming.flatten(0, 1), outgoing.contiguous(), group=self.group, async_op=True
+        )
         return incoming
 
     def backward(self, gradient: Tensor) -> Tensor:
