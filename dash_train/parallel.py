@@ -68,7 +68,9 @@ def join_context(world: World, parallel: ParallelConfig) -> Context:
     """
     size = parallel.context
     if world.size % size:
-        raise UserError(f"parallel.context: {size} ranks share a row, but the run has {world.size}, not a multiple of it")
+        raise UserError(
+            f"parallel.context: {size} ranks share a row, but the run has {world.size}, not a multiple of it"
+        )
     if size == 1:
         return WHOLE_ROWS
     group, _ = dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)

@@ -81,8 +81,8 @@ class ParallelConfig(Section):
     """Ranks that share every row, each with an equal part of its tokens; train.seq must be a multiple of
     2 x context x chunk_size."""
     context_method: Literal["gather", "ulysses"] = "gather"
-    """What attention exchanges: every rank gathers keys and values of whole rows, or (`ulysses`) each takes whole rows of
-    some heads, which needs kv_heads to be a multiple of context."""
+    """What attention exchanges: every rank gathers the keys and values of whole rows, or (`ulysses`) each takes whole
+    rows of some heads, which needs kv_heads to be a multiple of context."""
     timeout_seconds: PositiveFloat = 600.0
     """Longest that one phase of a step (a micro-batch, the optimizer, a checkpoint) may take once the first step is
     done; with several ranks, a longer one is taken for a hang and ends the run with the name of the rank."""
@@ -201,6 +201,17 @@ def merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
             merge(into[key], value)
         else:
             into[key] = value
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

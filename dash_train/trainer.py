@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_train import checkpoint
+from dash_train.agreement import check_agreement
 from dash_train.checkpoint import TrainState
 from dash_train.data.loader import IGNORE, RowDataset, StepBatch, step_batches, validation_batches
 from dash_train.data.prepare import prepare
@@ -29,7 +31,8 @@ from dash_train.schedule import lr_factor
 from dash_train.signals import StopFlag
 from dash_train.throughput import Throughput
 from dash_train.totals import Totals
-from dash_train.tracking import Tracker, write_environment
+from dash_train.tracking import Tracker, log_to_file, write_environment
+from dash_train.watchdog import Watchdog
 
 CALIBRATION_TOKENS = 16384  # `routing_scale: auto` looks at about so many, but at no more than the first batch
 
@@ -45,6 +48,9 @@ class Trainer:
         self.world = init_world()
         self.device = self.world.device
         self.stop = StopFlag()
+        check_agreement(recipe)
+        log = log_to_file(self.run_dir, self.world)
+        self.watchdog = Watchdog(self.world, recipe.parallel.timeout_seconds, log)
         self.context = join_context(self.world, recipe.parallel)
         self.readers = self.world.size // self.context.size  # data-parallel ranks
         self._check_batch()
@@ -86,7 +92,7 @@ class Trainer:
             world=self.readers,
             start_step=self.step,
         )
-        with closing(batches), closing(tracker) if tracker else nullcontext():
+        with closing(batches), closing(tracker) if tracker else nullcontext(), self.watchdog:
             if self.step == 0:
                 self.validate(tracker)
             while self.step < train.steps:
@@ -106,6 +112,8 @@ class Trainer:
 
     def train_step(self, batches: Iterator[StepBatch]) -> dict[str, Any]:
         """One optimizer step. The gradient is that of the mean loss over all counted tokens of the global batch."""
+        enter = partial(self.watchdog.enter, self.step + 1)
+        enter("loading data")
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
@@ -114,17 +122,21 @@ class Trainer:
 
         totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
         for micro, tokens in zip(batch.micro_batches, counts, strict=True):
+            enter("forward")
             outputs = self.engine(**self._to_device(micro))
             # DeepSpeed averages gradients over the ranks; the loss is a sum over tokens.
+            enter("backward")
             self.engine.backward(outputs["loss"] * (self.world.size / step_tokens), scale_wrt_gas=False)
             totals.add(outputs, tokens)
+        enter("optimizer")
         lr = self.recipe.optimizer.lr * lr_factor(self.step, self.recipe.train.steps, self.recipe.schedule)
         set_lr(self.engine, lr)
         self.engine.step()
         totals.reduce()
 
         self.step += 1
-        counted = int(step_tokens.item())
+        counted = int(step_tokens.item())  # waits for the device: the step is done
+        self.watchdog.arm()
         self.tokens += counted
         self._watch_nonfinite()
         layers = totals.per_layer()
@@ -156,6 +168,7 @@ class Trainer:
             world=self.readers,
             limit_rows=self.recipe.train.validation_rows,
         ):
+            self.watchdog.enter(self.step, "validation")
             labels = self.context.share(micro["labels"])
             labels = labels[labels != IGNORE]
             totals.add(self.engine(**self._to_device(micro)), labels.numel(), int(self.token_bytes[labels].sum()))
@@ -174,6 +187,7 @@ class Trainer:
 
     def save(self, tracker: Tracker | None) -> None:
         """Write a checkpoint of this step."""
+        self.watchdog.enter(self.step, "checkpoint")
         state = TrainState(
             step=self.step,
             tokens=self.tokens,

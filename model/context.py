@@ -72,7 +72,7 @@ class Context:
         return Sent(share) if self.method == "gather" else self.send_keys(share)
 
     def return_outputs(self, out: Tensor) -> Tensor:
-        """Attention's output `[batch, seq / size, heads, head_dim]` for this rank's tokens, from where they attended."""
+        """Attention's output for this rank's tokens, `[batch, seq / size, heads, head_dim]`, from where they attend."""
         if self.size == 1 or self.method == "gather":
             return out
         pieces = out.unflatten(1, (2 * self.size, -1)).unbind(1)

@@ -133,9 +133,7 @@ def _plain_training(trainer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any
     torch.manual_seed(recipe.train.seed)
     model = LanguageModel(trainer.model_config)
     options = recipe.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, options.weight_decay), betas=options.betas, eps=options.eps
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, options.weight_decay), betas=options.betas, eps=options.eps)
     size = recipe.train.global_batch_size
     batches = step_batches(trainer.training_rows, global_batch_size=size, micro_batch_size=size, rank=0, world=1)
     gradients, lines = {}, []
