@@ -2,19 +2,17 @@
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from tiny_runs import write_recipe
 from torch import Tensor
 
 from dash_train.data.loader import IGNORE, StepBatch, step_batches
-from dash_train.parallel import free_port
 
 STEPS = 2
 
@@ -45,24 +43,19 @@ WHOLE_PRODUCT = {
 
 def worst_errors(ranks: int, cases: list[Case], corpus: Path, folder: Path) -> list[dict[str, Any]]:
     """Run the cases one after the other on `ranks` processes; each comes back with what it got wrong, relatively."""
-    mp.start_processes(_rank, (ranks, free_port(), cases, corpus, folder), nprocs=ranks, start_method="spawn")
+    run_on_ranks(ranks, _compare_all, ranks, cases, corpus, folder)
     return [json.loads(line) for line in (folder / "errors.jsonl").read_text().splitlines()]
 
 
-def _rank(rank: int, ranks: int, port: int, cases: list[Case], corpus: Path, folder: Path) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(1)
+def _compare_all(rank: int, ranks: int, cases: list[Case], corpus: Path, folder: Path) -> None:
     for number, case in enumerate(cases):
-        errors = _compare(case, ranks, corpus, folder / str(number))
+        errors = _compare(case, rank, ranks, corpus, folder / str(number))
         if rank == 0:
             with (folder / "errors.jsonl").open("a") as file:
                 file.write(json.dumps({**asdict(case), **errors}) + "\n")
 
 
-def _compare(case: Case, ranks: int, corpus: Path, folder: Path) -> dict[str, float]:
+def _compare(case: Case, rank: int, ranks: int, corpus: Path, folder: Path) -> dict[str, float]:
     from dash_train.model import loss, transformer
     from dash_train.recipe import load_recipe
     from dash_train.trainer import Trainer
@@ -73,7 +66,7 @@ def _compare(case: Case, ranks: int, corpus: Path, folder: Path) -> dict[str, fl
     chunked = case.savings == "chunked"
     transformer.MLP_TOKENS, loss.CHUNK_TOKENS = (24, 40) if chunked else (131072, 2048)
     path = write_recipe(
-        folder / f"{os.environ['RANK']}.yaml",
+        folder / f"recipe-{rank}.yaml",
         corpus,
         model={
             "layers": 2, "hidden_size": 32, "heads": 8, "kv_heads": 4, "head_dim": 16, "mlp_size": 64,
@@ -92,7 +85,7 @@ def _compare(case: Case, ranks: int, corpus: Path, folder: Path) -> dict[str, fl
         trainer.training_rows,
         global_batch_size=rows,
         micro_batch_size=micro,
-        rank=trainer.world.rank // case.context,
+        rank=rank // case.context,
         world=ranks // case.context,
     )
     lines = []
