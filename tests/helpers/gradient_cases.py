@@ -30,14 +30,14 @@ class Case:
     routing_scale: Any = 500.0
 
 
+def _product(contexts: tuple[int, ...], methods: tuple[str, ...]) -> list[Case]:
+    values = ((0, 1, 2, 3), contexts, (1, 2), ("checkpointed", "chunked"), ("dash", "full"), methods)
+    return [Case(*chosen) for chosen in itertools.product(*values)]
+
+
 WHOLE_PRODUCT = {
-    ranks: [
-        Case(*values)
-        for values in itertools.product(
-            (0, 1, 2, 3), contexts, (1, 2), ("checkpointed", "chunked"), ("dash", "full"), methods
-        )
-    ]
-    for ranks, contexts, methods in [(2, (1, 2), ("gather", "ulysses")), (4, (2, 4), ("gather", "ulysses"))]
+    2: _product((1,), ("gather",)) + _product((2,), ("gather", "ulysses")),
+    4: _product((2, 4), ("gather", "ulysses")),  # context 2 beside two data-parallel ranks
 }
 
 
@@ -52,7 +52,7 @@ def _compare_all(rank: int, ranks: int, cases: list[Case], corpus: Path, folder:
         errors = _compare(case, rank, ranks, corpus, folder / str(number))
         if rank == 0:
             with (folder / "errors.jsonl").open("a") as file:
-                file.write(json.dumps({**asdict(case), **errors}) + "\n")
+                file.write(json.dumps({**asdict(case), "errors": errors}) + "\n")
 
 
 def _compare(case: Case, rank: int, ranks: int, corpus: Path, folder: Path) -> dict[str, float]:
