@@ -86,16 +86,18 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated.
 
-        Keys and values come first: they travel between ranks while the queries are made.
+        Values come first: they travel between ranks while queries and keys are made.
         """
-        k = self.k_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
-        k = apply_rotary(self.k_norm(k) if self.config.qk_norm else k, *rotary)
-        sent_k = context.send_keys(k)
-        sent_v = context.send_keys(self.v_proj(hidden).unflatten(-1, (-1, self.config.head_dim)))
-        q = self.q_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
-        q = apply_rotary(self.q_norm(q) if self.config.qk_norm else q, *rotary)
-        sent_q = context.send_queries(q)
+        sent_v = context.send_keys(self._heads(self.v_proj, hidden))
+        q, k = self._heads(self.q_proj, hidden), self._heads(self.k_proj, hidden)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        sent_k, sent_q = context.send_keys(k), context.send_queries(q)
         return sent_q.receive(), sent_k.receive(), sent_v.receive()
+
+    def _heads(self, projection: Linear, hidden: Tensor) -> Tensor:
+        return projection(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _dash_attention(
         self,

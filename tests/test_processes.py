@@ -27,15 +27,17 @@ def whole_run(tmp_path_factory, corpus):
     return lines(folder / "run")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage):
-    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, parallel__zero_stage=stage)
+@pytest.mark.parametrize(("stage", "context"), [(1, 1), (3, 2)])
+def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage, context):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, parallel={"zero_stage": stage, "context": context})
     result = run("pretrain.py", recipe, ranks=2)
     assert result.returncode == 0, result.stderr
     two = lines(tmp_path / "run")
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in whole_run], abs=1e-4)
-    assert [line["rows_hash"] for line in two] == [line["rows_hash"] for line in whole_run]
+    for one_line, line in zip(whole_run, two, strict=True):
+        assert line["density"] == pytest.approx(one_line["density"], abs=2e-3)
+        assert (line["rows_hash"], line["tokens"]) == (one_line["rows_hash"], one_line["tokens"])
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, corpus, whole_run):
