@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_train import checkpoint
 from dash_train.errors import UserError
 from dash_train.model.config import ModelConfig
+from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.transformer import LanguageModel
 from dash_train.recipe import Recipe, merge
 
@@ -78,9 +79,13 @@ def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Rec
 
 
 def build_model(
-    recipe: Recipe, load: Callable[[], dict[str, Tensor]] | None, deepspeed_config: dict[str, Any]
+    recipe: Recipe,
+    load: Callable[[], dict[str, Tensor]] | None,
+    deepspeed_config: dict[str, Any],
+    context: Context = WHOLE_ROWS,
 ) -> LanguageModel:
-    """The model with its initial weights, drawn from `train.seed` or read by `load`.
+    """The model with its initial weights, drawn from `train.seed` or read by `load`; `context` is the ranks that share
+    its rows.
 
     Under ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
 
@@ -96,6 +101,7 @@ def build_model(
             recipe.model.model_copy(deep=True),
             activation_checkpointing=recipe.train.activation_checkpointing,
             activation_offload=recipe.train.activation_offload,
+            context=context,
         )
     if load is not None:
         _copy_weights(model, load(), str(recipe.init.from_))

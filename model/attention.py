@@ -15,6 +15,7 @@ from dash_train.kernels.dash import (
 )
 from dash_train.model.cache import LayerCache
 from dash_train.model.config import ModelConfig
+from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.full_attention import BlockMask, full_attention
 from dash_train.model.fused import RMSNorm, apply_rotary
 from dash_train.model.layers import Linear
@@ -63,50 +64,76 @@ class Attention(nn.Module):
         real: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
         cache: LayerCache | None = None,
+        context: Context = WHOLE_ROWS,
     ) -> tuple[Tensor, Tensor]:
         """Attention output `[batch, seq, hidden_size]` and STATISTICS `[5]` fp32 (zeros but for Dash layers).
 
         `mask` is full attention's, None where causality is all; `real` only says which tokens the statistics count.
+        Where `context` shares the rows among ranks, `hidden` and the output are this rank's share, `document_starts`
+        those of whole rows, `mask` and `real` those of the queries that attend here.
         """
-        q, k, v = self._queries_keys_values(hidden, rotary)
+        q, k, v = self._queries_keys_values(hidden, rotary, context)
         statistics = hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
         if cache is not None and hidden.shape[1] == 1:
             out = self._decode(q, k, v, mask, cache)
         elif self.attention_type == "full":
-            out = full_attention(q, k, v, mask)
+            out = full_attention(q, k, v, mask, context.query_starts(k.shape[1]))
         else:
-            out, statistics = self._dash_attention(q, k, v, document_starts, real)
+            out, statistics = self._dash_attention(q, k, v, document_starts, real, context)
         if cache is not None and hidden.shape[1] > 1:
             self._store_prompt(k, v, cache)
-        return self.o_proj(out.flatten(2)), statistics
+        return self.o_proj(context.return_outputs(out).flatten(2)), statistics
 
-    def _queries_keys_values(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated."""
-        q, k, v = (
-            projection(hidden).unflatten(-1, (-1, self.config.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def _queries_keys_values(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated.
+
+        Values come first: they travel between ranks while queries and keys are made.
+        """
+        sent_v = context.send_keys(self._heads(self.v_proj, hidden))
+        q, k = self._heads(self.q_proj, hidden), self._heads(self.k_proj, hidden)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return *apply_rotary(q, k, *rotary), v
+        q, k = apply_rotary(q, k, *rotary)
+        sent_k, sent_q = context.send_keys(k), context.send_queries(q)
+        return sent_q.receive(), sent_k.receive(), sent_v.receive()
+
+    def _heads(self, projection: Linear, hidden: Tensor) -> Tensor:
+        return projection(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _dash_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None, real: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        document_starts: Tensor | None,
+        real: Tensor | None,
+        context: Context,
     ) -> tuple[Tensor, Tensor]:
+        chunk_query = context.own_heads(self.chunk_query)
+        query_starts = context.query_starts(k.shape[1])
         if self.calibrate_to is not None:
             self.routing_scale = find_routing_scale(
                 q,
                 k,
-                self.chunk_query,
+                chunk_query,
                 self.calibrate_to,
                 chunk_size=self.config.attention.chunk_size,
                 document_starts=document_starts,
+                query_starts=query_starts,
                 real=real,
+                add_up=context.add_up,
             )
-        options = {"document_starts": document_starts, "backend": self.config.attention.backend, **self._routing()}
-        out, stats = dash_attention(q, k, v, self.chunk_query, return_stats=True, **options)
+        options = {
+            "document_starts": document_starts,
+            "query_starts": query_starts,
+            "backend": self.config.attention.backend,
+            **self._routing(),
+        }
+        out, stats = dash_attention(q, k, v, chunk_query, return_stats=True, **options)
         if self.watch is not None:
-            self.watch((q, k, v, self.chunk_query, out), options)
+            self.watch((q, k, v, chunk_query, out), options)
         return out, torch.stack(stats.summary(real)).float()
 
     def _routing(self) -> dict[str, Any]:

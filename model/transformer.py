@@ -14,6 +14,7 @@ from dash_train.model.attention import STATISTICS, Attention
 from dash_train.model.cache import Cache, LayerCache
 from dash_train.model.checkpointing import run_block
 from dash_train.model.config import ActivationCheckpointing, ModelConfig
+from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.full_attention import BlockMask, cache_mask, document_mask
 from dash_train.model.fused import RMSNorm, swiglu
 from dash_train.model.layers import Embedding, Linear
@@ -55,10 +56,11 @@ class Block(nn.Module):
         real: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
         cache: LayerCache | None = None,
+        context: Context = WHOLE_ROWS,
     ) -> tuple[Tensor, Tensor]:
         """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics."""
         normed = self.input_layernorm(hidden)
-        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
+        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
         hidden = hidden + attended
         del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
         return self._add_mlp_in_pieces(hidden), statistics
@@ -104,28 +106,34 @@ class Transformer(nn.Module):
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
         cache: Cache | None = None,
+        context: Context = WHOLE_ROWS,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32.
 
-        With a cache, only the hidden state of each row's last real token, `[batch, 1, hidden_size]`.
+        With a cache, only the hidden state of each row's last real token, `[batch, 1, hidden_size]`. Where `context`
+        shares the rows among ranks, those of this rank's tokens.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        query_positions = context.at_queries(positions)[0]
         mask: Tensor | BlockMask | None = None
         if document_starts is not None:
             positions = positions - document_starts
-            mask = document_mask(document_starts) if self.has_full_layers else None
+            if self.has_full_layers:
+                mask = document_mask(document_starts, query_positions)
         if cache is not None:
             cache.advance(tokens.shape[1], real)
             if tokens.shape[1] == 1:
                 positions = cache.lengths[:, None] - 1
                 mask = cache_mask(cache.lengths, cache.capacity)
-        rotary = rotary_tables(positions, self.config)
+        rotary = rotary_tables(context.share(positions), self.config)
+        if real is not None:
+            real = context.at_queries(real)
 
-        hidden = self.embed_tokens(tokens)
+        hidden = self.embed_tokens(context.share(tokens))
         offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
         statistics = []
         for index, block in enumerate(self.layers):
-            inputs = (hidden, rotary, document_starts, real, mask, cache and cache.layers[index])
+            inputs = (hidden, rotary, document_starts, real, mask, cache and cache.layers[index], context)
             is_last = index == len(self.layers) - 1  # the backward pass begins with it: its input stays
             with offload.of(hidden) if offload and not is_last else nullcontext():
                 hidden, layer_statistics = run_block(block, inputs, self.activation_checkpointing)
@@ -142,6 +150,7 @@ class LanguageModel(nn.Module):
         config: its shape; `vocab_size` must be a number.
         activation_checkpointing: what each block keeps for the backward pass (see `checkpointing.py`).
         activation_offload: the kept inputs of the blocks wait in host memory; needs checkpointing.
+        context: the ranks that share each row in a forward with labels; without labels every rank runs whole rows.
     """
 
     def __init__(
@@ -150,9 +159,11 @@ class LanguageModel(nn.Module):
         *,
         activation_checkpointing: ActivationCheckpointing = "none",
         activation_offload: bool = False,
+        context: Context = WHOLE_ROWS,
     ) -> None:
         super().__init__()
         self.config = config
+        self.context = context
         self.model = Transformer(config, activation_checkpointing, activation_offload)
         self.lm_head = LanguageModelHead(config.hidden_size, self.model.embed_tokens.num_embeddings, config.init_std)
         if config.tie_embeddings:
@@ -190,10 +201,13 @@ class LanguageModel(nn.Module):
             token, with a cache. With labels, `loss`, the sum of the counted tokens'
             cross-entropies (fp32, 0-dim); `token_losses` `[batch, seq]` fp32; and per layer `[layers]` fp32
             `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for full attention).
+            Where ranks share the rows, all ranks pass whole rows and each returns what its own tokens add to these
+            sums (`token_losses` `[batch, seq / size]`: `context.share` of them all).
         """
-        hidden, statistics = self.model(tokens, document_starts, real, cache)
+        context = WHOLE_ROWS if labels is None else self.context
+        hidden, statistics = self.model(tokens, document_starts, real, cache, context)
         if labels is None:
             return {"logits": self.lm_head(hidden)}
-        loss, token_losses = self.lm_head(hidden, labels)
+        loss, token_losses = self.lm_head(hidden, context.share(labels))
         by_name = dict(zip(STATISTICS, statistics.unbind(1), strict=True))
         return {"loss": loss, "token_losses": token_losses, **by_name}
