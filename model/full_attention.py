@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
@@ -20,7 +21,7 @@ def _compiled_flex_attention() -> Any:
 def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Softmax attention of q `[batch, seq, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
 
-    `mask` says who is seen: that of `document_mask` or `cache_mask`; None is plain causality.
+    `mask` says who is seen, that of `document_mask`; None is plain causality.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
@@ -46,6 +47,11 @@ def document_mask(document_starts: Tensor) -> Tensor | BlockMask:
     return ((index <= index[:, None]) & (index >= document_starts[..., None]))[:, None]
 
 
-def cache_mask(lengths: Tensor, capacity: int) -> Tensor:
-    """The cached tokens of rows of `lengths` `[batch]`, bool `[batch, 1, 1, capacity]`."""
-    return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last tokens of rows, q `[batch, seq, heads, head_dim]`, over all that came before them.
+
+    k, v: `[batch, keys, kv_heads, head_dim]`; the last `seq` keys are the queries' own.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
