@@ -28,8 +28,10 @@ def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Ten
     memory = cache.layers[layer]
     assert memory.summaries is not None
     if cache.measures_routing:
-        active = decode_prior(q, memory.summaries, cache.lengths, **routing).isfinite().sum((1, 2)) - memory.kv_heads
-        eligible = (cache.lengths - 1) // routing["chunk_size"] * memory.kv_heads
+        kv_heads = memory.keys.shape[2]
+        prior = decode_prior(q, memory.summaries, cache.lengths, **routing)
+        active = prior.isfinite().sum((1, 2)) - kv_heads  # without the own chunk
+        eligible = (cache.lengths - 1) // routing["chunk_size"] * kv_heads
         cache.count_routing(layer, (active * cache.counted).sum(), (eligible * cache.counted).sum())
     return dash_decode(q, memory.keys, memory.values, memory.summaries, cache.lengths, **routing)
 
@@ -49,6 +51,7 @@ def _sampled(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None
         summaries=memory.summaries,
         chunk_bias=prior,
         seed=cache.seeds[layer],
+        chunk_size=memory.keys.shape[1] // memory.summaries.shape[1],
     )
     cache.count_samples(layer, report.tokens_read, report.density, report.half_width, report.dense_fallback)
     return out
