@@ -193,7 +193,7 @@ def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
-    """One token a row, `[batch]`, from the logits `[batch, vocab]`; nucleus sampling (arXiv 1904.09751) if top_p < 1."""
+    """A token a row, `[batch]`, from the logits `[batch, vocab]`; nucleus sampling (arXiv 1904.09751) at top_p < 1."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities, tokens = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)

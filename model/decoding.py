@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dash_train.kernels.dash import dash_decode, decode_prior
