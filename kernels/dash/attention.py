@@ -59,7 +59,7 @@ def dash_attention(
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     if document_starts is None:
         document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
-    obstacle = triton_obstacle(q, k, v, chunk_query, chunk_size=chunk_size, support=support)
+    obstacle = triton_obstacle(q, chunk_size, support)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
@@ -82,9 +82,7 @@ def dash_attention(
     return (out, stats) if return_stats else out
 
 
-def triton_obstacle(
-    q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *, chunk_size: int, support: Tensor | None
-) -> str | None:
+def triton_obstacle(q: Tensor, chunk_size: int, support: Tensor | None = None) -> str | None:
     """Why the Triton kernels cannot run this call; None if they can."""
     head_dim = q.shape[-1]
     types = {torch.bfloat16, torch.float16, torch.float32} if q.is_cuda else {torch.float16, torch.float32}

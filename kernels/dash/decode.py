@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dash_train.kernels.dash.attention import triton_obstacle
 from dash_train.kernels.dash.checks import (
     BACKENDS,
     check_choice,
@@ -33,29 +34,41 @@ def chunk_summaries(k: Tensor, chunk_query: Tensor, *, chunk_size: int = 64) -> 
 
 @torch.no_grad()
 def update_summaries(
-    k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_query: Tensor, *, chunk_size: int = 64
+    k_cache: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    chunk_query: Tensor,
+    *,
+    chunk_size: int = 64,
+    backend: str = "auto",
 ) -> None:
     """After a new key is written: stores the summary of the chunk that it completed, if it did. No host sync.
 
     Args:
         k_cache: [batch, capacity, kv_heads, head_dim], the new key of each sequence at lengths - 1.
         summaries: [batch, ceil(capacity / chunk_size), kv_heads, head_dim] float32, changed in place.
-        lengths: [batch] int32, at least 1, the new token included.
+        lengths: [batch] int32, the new token included; a sequence of length 0 is left alone.
         chunk_query: [kv_heads, head_dim].
         chunk_size: tokens per chunk.
+        backend: as in dash_decode.
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
     check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
     check_cache(k_cache, summaries, lengths, chunk_size)
     check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
+    check_choice("backend", backend, BACKENDS)
+    if _use_triton("update_summaries", backend, k_cache, (k_cache, summaries), chunk_size):
+        from dash_train.kernels.dash.summaries import update_chunk_summaries  # triton, which only this backend needs
+
+        return update_chunk_summaries(k_cache, summaries, lengths.contiguous(), chunk_query, chunk_size)
     sequence = torch.arange(k_cache.shape[0], device=k_cache.device)
-    chunk = (lengths.long() - 1) // chunk_size
+    chunk = (lengths.long() - 1).clamp(min=0) // chunk_size
     tokens = chunk[:, None] * chunk_size + torch.arange(chunk_size, device=k_cache.device)
     # In an incomplete chunk at the end of the cache some tokens do not exist; its summary is not kept.
     keys = k_cache[sequence[:, None], tokens.clamp(max=k_cache.shape[1] - 1)]
     new = summarize(whole_chunks(keys, chunk_size), chunk_query, chunk_size)[:, :, 0]
-    completed = (lengths % chunk_size == 0)[:, None, None]
+    completed = ((lengths > 0) & (lengths % chunk_size == 0))[:, None, None]
     summaries[sequence, chunk] = torch.where(completed, new.to(summaries.dtype), summaries[sequence, chunk])
 
 
@@ -79,9 +92,11 @@ def dash_decode(
             (lengths - 1) // chunk_size, even when it completes it.
         k_cache, v_cache: [batch, capacity, kv_heads, head_dim]; what lies beyond `lengths` is not read.
         summaries: [batch, ceil(capacity / chunk_size), kv_heads, head_dim] float32, of the complete chunks.
-        lengths: [batch] int32, from 1 to capacity, the new token included.
+        lengths: [batch] int32, up to capacity, the new token included. A sequence of length 0 gets zeros.
         chunk_size, routing_scale, prior_normalizer, prior_temperature: as in dash_attention.
-        backend: "reference" (torch) or "auto".
+        backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; head_dim a multiple of 16 up to
+            256, chunk_size 16, 32, 64 or 128) or "auto": triton on CUDA where it can, else reference. Triton waits for
+            nothing and launches the same programs at all lengths, so a CUDA graph can hold it.
 
     Returns: [batch, heads, head_dim] in q's type.
 
@@ -99,21 +114,30 @@ def dash_decode(
     check_same_kind("v_cache", v_cache, q)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ValueError("backend='triton' of dash_decode is not built yet: use backend='reference'")
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    if _use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size):
+        from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
+        from dash_train.kernels.dash.decode_routing import route_newest
 
-    grouped_q = group_heads(q[:, None], kv_heads)
-    unwritten = (torch.arange(capacity, device=q.device) >= lengths[:, None])[..., None, None]
+        return attend_lists(q, k_cache, v_cache, route_newest(q, summaries, lengths.contiguous(), config), config)
+    return _decode_reference(q, k_cache, v_cache, summaries, lengths, config)
+
+
+def _decode_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig
+) -> Tensor:
+    """One row of the definition in stages.py for each sequence."""
+    grouped_q = group_heads(q[:, None], k_cache.shape[2])
+    unwritten = (torch.arange(k_cache.shape[1], device=q.device) >= lengths[:, None])[..., None, None]
     rows = Rows(
         q=grouped_q,
-        k=whole_chunks(k_cache.masked_fill(unwritten, 0), chunk_size),
-        v=whole_chunks(v_cache.masked_fill(unwritten, 0), chunk_size),
+        k=whole_chunks(k_cache.masked_fill(unwritten, 0), config.chunk_size),
+        v=whole_chunks(v_cache.masked_fill(unwritten, 0), config.chunk_size),
         summaries=summaries.transpose(1, 2).to(grouped_q.dtype),
-        positions=lengths[:, None] - 1,
+        positions=lengths.clamp(min=1)[:, None] - 1,  # a sequence of length 0 sees one value, and that is zero
         starts=torch.zeros_like(lengths)[:, None],
         support=None,
     )
-    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     return attend_rows(rows, config).out.flatten(1, 3).to(q.dtype)
 
 
@@ -123,3 +147,13 @@ def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size:
     chunks = -(-capacity // chunk_size)
     check_shape("summaries", summaries, batch=batch, chunks=chunks, kv_heads=kv_heads, head_dim=head_dim)
     check_shape("lengths", lengths, batch=batch)
+
+
+def _use_triton(function: str, backend: str, q: Tensor, tensors: tuple[Tensor, ...], chunk_size: int) -> bool:
+    """Whether Triton computes it: q has the call's type, and the last dimension of `tensors` must be contiguous."""
+    obstacle = triton_obstacle(q, chunk_size)
+    if not obstacle and any(tensor.stride(-1) != 1 for tensor in tensors):
+        obstacle = "needs tensors whose last dimension is contiguous"
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend='triton' of {function} {obstacle}: use backend='reference'")
+    return backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle)

@@ -207,7 +207,7 @@ def route_kernel(
                     square += tl.sum(distance * distance, 1)
                 residual = tl.max(tl.abs(square - 1.0), 0)
                 if residual > TOLERANCE:
-                    tau = _newton(tau, total, square, highest)
+                    tau = newton_step(tau, total, square, highest)
                 steps += 1
     tl.store(tau_ptr + per_head, tau, mask=is_real)
     tl.store(row_max_ptr + per_head, row_max, mask=is_real)
@@ -270,12 +270,12 @@ def _threshold(z, tau, highest):
         square = tl.sum(distance * distance, 1)
         residual = tl.max(tl.abs(square - 1.0), 0)
         if residual > TOLERANCE:
-            tau = _newton(tau, total, square, highest)
+            tau = newton_step(tau, total, square, highest)
         steps += 1
     return tau, residual
 
 
 @triton.jit
-def _newton(tau, total, square, highest):
+def newton_step(tau, total, square, highest):
     norm = tl.sqrt(square)
     return tl.minimum(tau + (norm - 1.0) * norm / total, highest)

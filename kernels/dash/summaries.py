@@ -37,6 +37,31 @@ def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[T
     return summaries, parts
 
 
+def update_chunk_summaries(
+    k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_query: Tensor, chunk_size: int
+) -> None:
+    """Stores the summary of each sequence's last chunk, where the newest key at lengths - 1 completed it.
+
+    k_cache [batch, capacity, kv_heads, head_dim], summaries [batch, chunks, kv_heads, head_dim], lengths [batch].
+    """
+    batch, _, kv_heads, head_dim = k_cache.shape
+    block_dim = triton.next_power_of_2(head_dim)
+    update_kernel[(batch * kv_heads,)](
+        k_cache,
+        chunk_query.contiguous(),
+        summaries,
+        lengths,
+        *k_cache.stride()[:3],
+        *summaries.stride()[:3],
+        head_dim**-0.5,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        CHUNK=chunk_size,
+        num_warps=4 if chunk_size * block_dim <= 2**13 else 8,
+    )
+
+
 @triton.jit
 def summaries_kernel(
     k_ptr,
@@ -63,15 +88,9 @@ def summaries_kernel(
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
 
-    rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64)[:, None] * k_token_stride
-    k = tl.load(rows + dim[None, :], mask=(token < seq)[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + head * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
-
-    logits = tl.where(token < seq, tl.sum(k * w[None, :], 1) * scale, float("-inf"))
-    weights = tl.exp(logits - tl.max(logits, 0))
-    weights = weights / tl.sum(weights, 0)
-    summary = tl.sum(k * weights[:, None], 0)
-
+    rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64) * k_token_stride
+    w_head = w_ptr + head * HEAD_DIM
+    summary = _summary(rows, token < seq, w_head, scale, HEAD_DIM, BLOCK_DIM)
     offset = ((batch * tl.num_programs(0) + chunk) * KV_HEADS + head) * HEAD_DIM + dim
     tl.store(summaries_ptr + offset, summary, mask=in_dim)
     high = summary.to(parts_ptr.dtype.element_ty)
@@ -79,3 +98,49 @@ def summaries_kernel(
     if PARTS == 2:
         low = (summary - high.to(tl.float32)).to(parts_ptr.dtype.element_ty)
         tl.store(parts_ptr + part_stride + offset, low, mask=in_dim)
+
+
+@triton.jit
+def update_kernel(
+    k_ptr,
+    w_ptr,
+    summaries_ptr,
+    lengths_ptr,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    summary_batch_stride,
+    summary_chunk_stride,
+    summary_head_stride,
+    scale,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program a sequence and KV head."""
+    batch = (tl.program_id(0) // KV_HEADS).to(tl.int64)
+    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    length = tl.load(lengths_ptr + batch)
+    if (length == 0) | (length % CHUNK != 0):
+        return
+    chunk = (length // CHUNK - 1).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    dim = tl.arange(0, BLOCK_DIM)
+    rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token * k_token_stride
+    summary = _summary(rows, token < length, w_ptr + head * HEAD_DIM, scale, HEAD_DIM, BLOCK_DIM)
+    summaries_ptr += batch * summary_batch_stride + chunk * summary_chunk_stride + head * summary_head_stride
+    tl.store(summaries_ptr + dim, summary, mask=dim < HEAD_DIM)
+
+
+@triton.jit
+def _summary(rows, is_key, w_ptr, scale, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """sum_j softmax_j(w.k_j scale) k_j [BLOCK_DIM] of the keys at `rows` [CHUNK]."""
+    dim = tl.arange(0, BLOCK_DIM)
+    in_dim = dim < HEAD_DIM
+    k = tl.load(rows[:, None] + dim[None, :], mask=is_key[:, None] & in_dim[None, :], other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + dim, mask=in_dim, other=0.0).to(tl.float32)
+    logits = tl.where(is_key, tl.sum(k * w[None, :], 1) * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 0))
+    weights = weights / tl.sum(weights, 0)
+    return tl.sum(k * weights[:, None], 0)

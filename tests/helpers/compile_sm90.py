@@ -1,6 +1,6 @@
-"""Compiles for an H100, without one, the kernels of a forward and backward pass; prints what each of them takes.
+"""Compiles for an H100, without one, the kernels of both passes or of decoding; prints what each of them takes.
 
-python tests/helpers/compile_sm90.py SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE
+python tests/helpers/compile_sm90.py passes|decode SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE
 """
 
 import json
@@ -19,16 +19,22 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.backward import dash_backward
+from dash_train.kernels.dash.decode_attend import attend_lists
+from dash_train.kernels.dash.decode_routing import route_newest
 from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.stages import DashConfig
+from dash_train.kernels.dash.summaries import update_chunk_summaries
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 OPTIONS = {"num_warps", "num_stages"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> dict[str, tuple[Any, ...]]:
-    """The launches of both passes in bf16, recorded in place of being run: kernels by name and constants, arguments."""
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def record_launches() -> dict[str, Launch]:
+    """From now on launches are recorded here in place of being run: kernels by name and constants, arguments."""
     recorded = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
@@ -36,6 +42,11 @@ def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int
         recorded[" ".join([kernel.__name__, *details])] = (kernel, args, constants)
 
     JITFunction.run = record
+    return recorded
+
+
+def run_passes(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:
+    """Forward and backward pass in bf16."""
     q = torch.empty(1, seq, heads, head_dim, dtype=torch.bfloat16)
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
@@ -43,7 +54,17 @@ def launches(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int
     lse = torch.empty(1, heads, seq)
     dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
     dash_backward(q, q, k, k, k[0, 0], q, lse, config=config, document_starts=starts, query_starts=(0,))
-    return recorded
+
+
+def run_decode(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:
+    """One token of 8 sequences in bf16."""
+    q = torch.empty(8, heads, head_dim, dtype=torch.bfloat16)
+    cache = torch.empty(8, seq, kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    summaries = torch.empty(8, seq // chunk_size, kv_heads, head_dim)
+    lengths = torch.zeros(8, dtype=torch.int32)
+    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
+    update_chunk_summaries(cache, summaries, lengths, q[0, :kv_heads], chunk_size)
+    attend_lists(q, cache, cache, route_newest(q, summaries, lengths, config), config)
 
 
 def compile_launch(kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, int]:
@@ -91,5 +112,6 @@ def _output(*command: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    recorded = launches(*map(int, sys.argv[1:]))
+    recorded = record_launches()
+    {"passes": run_passes, "decode": run_decode}[sys.argv[1]](*map(int, sys.argv[2:]))
     print(json.dumps({name: compile_launch(*launch) for name, launch in recorded.items()}))
