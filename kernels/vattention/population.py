@@ -1,0 +1,104 @@
+"""Which chunks a step reads for certain, which it leaves to sampling, which it drops: in plain torch.
+
+Everything that is read for certain is whole chunks, so sink and window are rounded outwards; the last, incomplete chunk
+has no summary and is never ranked. Chunks are masks here, [batch, kv_heads, chunks].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_train.kernels.entmax import compute_dtype
+
+# With page bounds. One sampled token that could move the denominator by more than this share of epsilon is a needle:
+# at it, Bernstein's range term equals the variance term near delta = .05.
+NEEDLE_SHARE = 0.5
+# All dropped chunks together hold at most this share of epsilon of the denominator.
+DROPPED_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class VAttentionConfig:
+    """The arguments of vattention_decode that are not tensors."""
+
+    epsilon: float
+    delta: float
+    verify: str
+    sink: int
+    window: int
+    heavy: float
+    base_sample: int
+    max_sample: float
+    value_floor: float
+    chunk_size: int
+
+    @property
+    def quantile(self) -> float:
+        """z of the two-sided interval that holds 1 - delta of a normal distribution."""
+        return math.sqrt(2) * torch.erfinv(torch.tensor(1 - self.delta, dtype=torch.float64)).item()
+
+
+class Population(NamedTuple):
+    """The chunks of each KV head, bool [batch, kv_heads, chunks]; the first three are disjoint."""
+
+    certain: Tensor  # read for certain: the set I
+    residual: Tensor  # sampled from: R
+    dropped: Tensor  # proved by the page bounds not to matter
+    everything: Tensor  # [batch, kv_heads]: too many chunks could hide a needle, so all are certain
+
+
+def split_population(
+    q: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    chunk_bias: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None,
+    config: VAttentionConfig,
+) -> Population:
+    """Sink, window, the heaviest chunks by their summaries and the needles that bounds show; arguments as in decode."""
+    batch, chunks, kv_heads, head_dim = summaries.shape
+    grouped_q = q.to(compute_dtype(q.dtype)).unflatten(1, (kv_heads, -1)) * head_dim**-0.5
+    chunk = torch.arange(chunks, device=q.device)
+    length = lengths[:, None, None]
+    if chunk_bias is None:
+        chunk_bias = grouped_q.new_zeros(batch, kv_heads, chunks)
+    population = (chunk * config.chunk_size < length) & (chunk_bias > -torch.inf)
+    complete = population & ((chunk + 1) * config.chunk_size <= length)
+
+    scores = torch.einsum("bhgd,bchd->bhgc", grouped_q, summaries.to(grouped_q.dtype)) + chunk_bias[:, :, None]
+    scores = scores.masked_fill(~complete[:, :, None], -torch.inf)
+    log_mass = scores.logsumexp(-1, keepdim=True)  # of the summaries: each stands for one token of its chunk
+    rank = (scores - log_mass).amax(2)  # a chunk's share of the mass, in the head in which it is largest
+
+    is_near = (chunk * config.chunk_size < config.sink) | ((chunk + 1) * config.chunk_size > length - config.window)
+    certain = population & is_near
+    wanted = (population.sum(-1, keepdim=True) * config.heavy + 0.5).floor()
+    order = rank.masked_fill(~complete | certain, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(-1, order, chunk.expand_as(order))
+    certain = certain | (complete & (place < wanted))
+    if bounds is None:
+        nothing = torch.zeros_like(certain)
+        return Population(certain, population & ~certain, nothing, nothing[..., 0])
+
+    # The summaries' log-mass counts one token a chunk: a lower bound of log D. With a whole chunk for each it is a good
+    # estimate (for mean keys still a lower bound).
+    is_open = complete & ~certain
+    upper = (_upper_bounds(grouped_q, *bounds) + chunk_bias[:, :, None] - log_mass).amax(2)
+    tokens = population.sum(-1, keepdim=True).clamp(min=1) * config.chunk_size
+    needle = NEEDLE_SHARE * config.epsilon * config.chunk_size * config.base_sample / tokens
+    needles = is_open & (upper > needle.log())
+    dropped = is_open & (upper <= (DROPPED_SHARE * config.epsilon / tokens).log())
+    left_open = (population & ~certain).sum(-1, keepdim=True)
+    everything = needles.sum(-1, keepdim=True) > config.max_sample * left_open
+    certain = torch.where(everything, population, certain | needles)
+    dropped = dropped & ~everything
+    return Population(certain, population & ~certain & ~dropped, dropped, everything[..., 0])
+
+
+def _upper_bounds(grouped_q: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:
+    """The largest logit [batch, kv_heads, group, chunks] of any key between a chunk's k_min and k_max."""
+    at_max = torch.einsum("bhgd,bchd->bhgc", grouped_q.clamp(min=0), k_max.to(grouped_q.dtype))
+    return at_max + torch.einsum("bhgd,bchd->bhgc", grouped_q.clamp(max=0), k_min.to(grouped_q.dtype))
