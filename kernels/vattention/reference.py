@@ -126,7 +126,7 @@ def output_floor(out: Tensor, v: Tensor, base: Tensor, m: Tensor, config: VAtten
 
 def needed_sample(variance: Tensor, floor: Tensor, n_s: Tensor, config: VAttentionConfig) -> Tensor:
     """b [batch, kv_heads], the largest of the group: (z n_s sd / (epsilon floor))^2 corrected for a finite population."""
-    smallest = torch.finfo(variance.dtype).tiny
+    smallest = 1e-30  # of nothing but zeros
     n_s = n_s[..., None].to(variance.dtype)
     inverse = (config.epsilon * floor).square() / ((config.quantile * n_s).square() * variance + smallest)
     return (1 / (inverse + 1 / n_s.clamp(min=1))).ceil().amax(-1).long()
