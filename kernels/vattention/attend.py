@@ -5,12 +5,11 @@ The second run also sums the squares for the half-width; those of the base sampl
 first to know the output that they are taken about.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.vattention.permutation import permute_triton, sample_key_triton
+from dash_train.kernels.vattention.permutation_triton import permute, sample_key
 from dash_train.kernels.vattention.population import VAttentionConfig
 from dash_train.kernels.vattention.select import LOG2_E
 from dash_train.kernels.vattention.workspace import (
@@ -148,7 +147,9 @@ def attend_kernel(
 
     if EXTRA:
         is_drawn = reads_everything(counts_ptr, sequences, base_sample, max_sample) == 0
-        chunks_left = tl.load(counts_ptr + RESIDUAL_CHUNKS * sequences) + tl.load(counts_ptr + DROPPED_CHUNKS * sequences)
+        chunks_left = tl.load(counts_ptr + RESIDUAL_CHUNKS * sequences) + tl.load(
+            counts_ptr + DROPPED_CHUNKS * sequences
+        )
         begin = tl.where(is_drawn, tl.minimum(n_s, base_sample), 0)
         end = tl.where(is_drawn, tl.minimum(tl.load(counts_ptr + SAMPLE * sequences), n_s), chunks_left * CHUNK)
         begin, end = share(begin, end, split, SPLITS, TILE)
@@ -172,12 +173,12 @@ def attend_kernel(
 
     order_ptr += sequence * chunks + sampled // CHUNK
     tokens_ptr += sequence * chunks * CHUNK + sampled
-    key = sample_key_triton(tl.load(seed_ptr + batch), kv_head)
+    key = sample_key(tl.load(seed_ptr + batch), kv_head)
     for block in range(begin, end, LIST_BLOCK):
         turn = block + tl.arange(0, LIST_BLOCK)
         place = turn
         if is_drawn:
-            place = permute_triton(tl.minimum(turn, n_s - 1), n_s, key)
+            place = permute(tl.minimum(turn, n_s - 1), n_s, key)
         token = tl.load(order_ptr + place // CHUNK, mask=turn < end, other=0) * CHUNK + place % CHUNK
         tl.store(tokens_ptr + turn, tl.where(token < length, token, -1), mask=turn < end)
     tl.debug_barrier()
