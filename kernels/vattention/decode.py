@@ -1,5 +1,7 @@
 """The public function: checks its arguments, fills in what was left out and hands them to a backend."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,13 @@ def vattention_decode(
         seed = torch.full((q.shape[0],), seed, dtype=torch.int64, device=q.device)
 
     check_choice("backend", backend, BACKENDS)
+    obstacle = triton_obstacle(k_cache, v_cache, chunk_size)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend='triton' of vattention_decode {obstacle}: use backend='reference'")
+    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
+        from dash_train.kernels.vattention.pipeline import vattention_triton  # triton, which only this backend needs
+
+        return vattention_triton(q, k_cache, v_cache, lengths, summaries, chunk_bias, bounds, seed, config)[:2]
     if summaries is None:
         summaries = chunk_means(k_cache, chunk_size)
     population = split_population(q, summaries, lengths, chunk_bias, bounds, config)
@@ -96,3 +105,19 @@ def chunk_means(k_cache: Tensor, chunk_size: int) -> Tensor:
     means = k_cache.new_zeros(batch, -(-capacity // chunk_size), kv_heads, head_dim, dtype=torch.float32)
     means[:, : capacity // chunk_size] = chunk_summaries(k_cache, zero, chunk_size=chunk_size)
     return means
+
+
+def triton_obstacle(k_cache: Tensor, v_cache: Tensor, chunk_size: int) -> str | None:
+    """Why the Triton kernels cannot run this call; None if they can."""
+    types = {torch.bfloat16, torch.float16, torch.float32} if k_cache.is_cuda else {torch.float16, torch.float32}
+    if not k_cache.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs CUDA tensors, or TRITON_INTERPRET=1 set before the start"
+    if k_cache.dtype not in types:
+        return f"does not compute in {k_cache.dtype} on {k_cache.device.type}"
+    if k_cache.shape[-1] > 256:
+        return f"needs a head_dim up to 256, not {k_cache.shape[-1]}"
+    if chunk_size & (chunk_size - 1):
+        return f"needs a chunk_size that is a power of 2, not {chunk_size}"
+    if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
+        return "needs caches whose channels are contiguous"
+    return None

@@ -1,8 +1,9 @@
 """vAttention (arXiv 2510.05688) in plain torch: the definition that the Triton path must match.
 
 Symbols: I, the tokens read for certain; R, the residual, of n_s tokens; m, the base sample; b, the whole sample, m
-included. Logits are s = q.k / sqrt(head_dim) + the log-prior of the key's chunk, weights w = exp(s); D and o are a head's
-denominator and output. A sampled token stands for n_s / b tokens. Masks of tokens are [batch, kv_heads, capacity].
+included. Logits are s = q.k / sqrt(head_dim) + the log-prior of the key's chunk, weights w = exp(s); D and o are a
+head's denominator and output. A sampled token stands for n_s / b tokens. Masks of tokens are
+[batch, kv_heads, capacity].
 """
 
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def vattention_reference(
     config: VAttentionConfig,
     budget: Tensor | None = None,
 ) -> tuple[Tensor, VAttentionReport]:
-    """Arguments as in vattention_decode; seed int64 [batch]. budget [batch, kv_heads] is b, in place of computing it."""
+    """Arguments as in vattention_decode; seed int64 [batch]. budget int64 [batch, kv_heads] takes the place of b."""
     kv_heads, capacity = k.shape[2], k.shape[1]
     is_written = torch.arange(capacity, device=q.device) < lengths[:, None, None]
     k, v = (x.to(compute_dtype(x.dtype)).transpose(1, 2).masked_fill(~is_written[..., None], 0) for x in (k, v))
@@ -125,8 +126,8 @@ def output_floor(out: Tensor, v: Tensor, base: Tensor, m: Tensor, config: VAtten
 
 
 def needed_sample(variance: Tensor, floor: Tensor, n_s: Tensor, config: VAttentionConfig) -> Tensor:
-    """b [batch, kv_heads], the largest of the group: (z n_s sd / (epsilon floor))^2 corrected for a finite population."""
-    smallest = torch.finfo(variance.dtype).tiny
+    """b [batch, kv_heads]: (z n_s sd / (epsilon floor))^2, corrected for a finite population; the group's largest."""
+    smallest = 1e-30  # of nothing but zeros
     n_s = n_s[..., None].to(variance.dtype)
     inverse = (config.epsilon * floor).square() / ((config.quantile * n_s).square() * variance + smallest)
     return (1 / (inverse + 1 / n_s.clamp(min=1))).ceil().amax(-1).long()
