@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
@@ -52,6 +51,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     k, v: `[batch, keys, kv_heads, head_dim]`; the last `seq` keys are the queries' own.
     """
+    from torch.nn.attention.bias import causal_lower_right  # imports triton, which takes a while
+
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
