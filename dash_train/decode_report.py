@@ -1,14 +1,13 @@
 """What decoding read and how sure it was, for people."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from dash_train.model.cache import TOTALS, Cache, DecodeMode
 
 
 @dataclass
 class DecodeReport:
-    """Of a generation or an evaluation: filled in when it ends."""
+    """Of a generation or an evaluation."""
 
     decode: DecodeMode = "dash"
     tokens: int = 0
@@ -16,30 +15,36 @@ class DecodeReport:
     seconds: float = 0.0
     """Spent on them, prompts not included."""
     prompt_seconds: float = 0.0
-    density: float | None = None
-    """Share that was read: `vattention`, of the tokens of the population, mean over layers, KV heads and steps; `dash`,
-    routed over eligible chunks in the Dash layers, at every 64th step. None where nothing was to be left out."""
-    half_width: float | None = None
-    """vattention: the widest relative interval that any head gave at any step."""
-    fallbacks: float | None = None
-    """vattention: share of the (layer, KV head, step) that read everything because no small sample was enough."""
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0.0))
+    """What the caches counted, over all layers."""
+
+    def count(self, cache: Cache) -> None:
+        """Add what a cache counted."""
+        self.decode = cache.decoding.mode
+        worst = max(self.totals["half_width"], cache.totals[:, TOTALS.index("half_width")].amax().item())
+        for name, total in zip(TOTALS, cache.totals.sum(0).tolist(), strict=True):
+            self.totals[name] += total
+        self.totals["half_width"] = worst
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def count(self, cache: Cache) -> None:
-        """Take over what a cache counted."""
-        total = dict(zip(TOTALS, cache.totals.sum(0).tolist(), strict=True))
-        self.decode = cache.decoding.mode
-        self.density = total["read"] / total["population"] if total["population"] else None
-        if total["decoded"]:
-            self.half_width = cache.totals[:, TOTALS.index("half_width")].amax().item()
-            self.fallbacks = total["fallbacks"] / total["decoded"]
+    @property
+    def density(self) -> float | None:
+        """The share that was read: with `vattention` of the tokens of the population, with `dash` chunks routed to over
+        eligible chunks, in the Dash layers and the steps that were measured. None where nothing could be left out."""
+        return self.totals["read"] / self.totals["population"] if self.totals["population"] else None
 
-    def values(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+    @property
+    def half_width(self) -> float | None:
+        """vattention: the widest relative interval of any head at any step."""
+        return self.totals["half_width"] if self.totals["decoded"] else None
+
+    @property
+    def fallbacks(self) -> float | None:
+        """vattention: the share of (layer, KV head, step) that read everything since no small sample was enough."""
+        return self.totals["fallbacks"] / self.totals["decoded"] if self.totals["decoded"] else None
 
     def __str__(self) -> str:
         parts = [f"{self.decode}: {self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"]

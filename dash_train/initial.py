@@ -30,7 +30,7 @@ class Source:
 
 
 def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
-    """Open what `init.from` (or, in errors, `named_by`) names: a run folder, one of its checkpoints, or an exported (Hugging Face) folder.
+    """Open a run folder, one of its checkpoints, or an exported (Hugging Face) folder; `named_by` begins the error.
 
     Raises:
         UserError: it is none of these.

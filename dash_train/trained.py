@@ -1,6 +1,8 @@
 """Trained models as commands take them: a run folder, one of its checkpoints, or an exported folder."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +51,9 @@ def load_trained(path: str | Path) -> Trained:
     else:
         seq = checkpoint.load_state(checkpoint.find(path)).recipe["train"]["seq"]
         run_dir = source.tokenizer.parent
-    model = assemble(source.config, source.load(), dtype, device, path)
+    with redirect_stdout(sys.stderr):  # DeepSpeed tells there how it gathers shards
+        weights = source.load()
+    model = assemble(source.config, weights, dtype, device, path)
     return Trained(model, load_tokenizer(source.tokenizer), seq, run_dir)
 
 
