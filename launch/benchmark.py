@@ -8,10 +8,10 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from dash_train.benchmark import attention, decode
+from dash_train.benchmark import attention, decode, step
 from dash_train.command import command_parser, run_command
 
-BENCHMARKS = {"attention": attention, "decode": decode}
+BENCHMARKS = {"attention": attention, "decode": decode, "step": step}
 
 
 def main(args: Namespace) -> None:
