@@ -2,6 +2,8 @@
 
 python launch/benchmark.py attention --seq 32768 --heads 32 --kv-heads 2 --density 0.25 --union 1.12
     [--backward] [--json row.json]
+python launch/benchmark.py decode --batch 8 --context 131072 --heads 32 --kv-heads 8 --density 0.05
+    [--decode full|dash|vattention] [--json row.json]
 """
 
 import json

@@ -40,6 +40,11 @@ class DecodeCase:
     density: float
 
     @property
+    def eligible_chunks(self) -> int:
+        """Of each newest token."""
+        return (self.context - 1) // self.chunk_size
+
+    @property
     def cache_bytes(self) -> int:
         """Keys and values of all sequences, bf16."""
         return self.batch * self.context * self.kv_heads * self.head_dim * 2 * 2
@@ -89,19 +94,15 @@ def run(args: argparse.Namespace) -> Row:
 def dash_row(case: DecodeCase) -> tuple[Row, Inputs]:
     """Milliseconds of dash_decode and of each kernel in it, the rate at which it reads what it must, and memory."""
     sets, config = make_inputs(case)
-    routed, must_read = 0.0, 0.0
-    eligible = (case.context - 1) // case.chunk_size
-    for inputs in sets:
-        keys = route_newest(inputs.q, inputs.summaries, inputs.lengths, config).keys
-        routed += (-(-keys // case.chunk_size) - 1).sum().item() / eligible / keys.numel() / len(sets)
-        must_read += keys.sum().item() * case.head_dim * inputs.k_cache.element_size() * 2 / len(sets)
-    must_read += case.batch * case.kv_heads * eligible * case.head_dim * 4
+    keys = _attended_keys(sets, config).sum().item() / len(sets)
+    summaries = case.batch * case.kv_heads * case.eligible_chunks
+    must_read = case.head_dim * (keys * 2 * sets[0].k_cache.element_size() + summaries * 4)
 
     def decode(inputs: Inputs) -> Tensor:
         caches = (inputs.k_cache, inputs.v_cache, inputs.summaries)
         return dash_decode(inputs.q, *caches, inputs.lengths, **asdict(config), backend="triton")
 
-    row: Row = {"density": routed, "routing_scale": config.routing_scale}
+    row: Row = {"density": _density(case, sets, config), "routing_scale": config.routing_scale}
     return row | _decode_times(decode, sets, must_read), sets[0]
 
 
@@ -160,9 +161,7 @@ def make_inputs(case: DecodeCase) -> tuple[list[Inputs], DashConfig]:
     density = 0.0
     for _ in range(20):
         config = DashConfig(case.chunk_size, math.sqrt(low * high), "geometric_mean", 1.0)
-        keys = route_newest(sets[0].q, sets[0].summaries, sets[0].lengths, config).keys
-        routed = -(-keys // case.chunk_size) - 1
-        density = routed.float().mean().item() / ((case.context - 1) // case.chunk_size)
+        density = _density(case, sets, config)
         if abs(density / case.density - 1) < DENSITY_TOLERANCE / 4:
             break
         if density > case.density:
@@ -172,6 +171,16 @@ def make_inputs(case: DecodeCase) -> tuple[list[Inputs], DashConfig]:
     if abs(density / case.density - 1) > DENSITY_TOLERANCE:
         raise UserError(f"density {case.density} cannot be made for {asdict(case)}: the nearest is {density:.4f}")
     return sets, config
+
+
+def _attended_keys(sets: list[Inputs], config: DashConfig) -> Tensor:
+    """[sets, batch, kv_heads]: what the newest tokens attend to, own chunk included."""
+    return torch.stack([route_newest(x.q, x.summaries, x.lengths, config).keys for x in sets])
+
+
+def _density(case: DecodeCase, sets: list[Inputs], config: DashConfig) -> float:
+    routed = -(-_attended_keys(sets, config) // case.chunk_size) - 1
+    return routed.float().mean().item() / case.eligible_chunks
 
 
 def _sets(case: DecodeCase, density: float) -> int:

@@ -1,4 +1,4 @@
-"""The reference against the outputs of the authors' GPU kernels."""
+"""Reference and Triton against the outputs of the authors' GPU kernels."""
 
 import json
 import os
@@ -76,17 +76,34 @@ def test_prefill_in_triton(path):
     assert relative_error(out.cpu(), tensors["out"]) < tolerance(tensors)
 
 
-@pytest.mark.parametrize("path", DECODE_FILES, ids=lambda path: path.stem)
-def test_decode(path):
+def decode_error(path: Path, device: str, backend: str) -> float:
+    """Of all steps after the prefill, the float32 tensors of the file given to both functions token by token."""
     case, tensors = load(path)
-    q, k, v = tensors["queries"].float(), tensors["keys"].float(), tensors["values"].float()
-    w, size, prefill = tensors["head_cls"].float(), case["chunk_size"], case["prefill_len"]
+    q, k, v = (tensors[name].to(device).float() for name in ("queries", "keys", "values"))
+    w, size, prefill = tensors["head_cls"].to(device).float(), case["chunk_size"], case["prefill_len"]
     batch, capacity, kv_heads, head_dim = k.shape
-    summaries = torch.zeros(batch, -(-capacity // size), kv_heads, head_dim)
+    summaries = torch.zeros(batch, -(-capacity // size), kv_heads, head_dim, device=device)
     summaries[:, : prefill // size] = chunk_summaries(k[:, :prefill], w, chunk_size=size)
     steps = []
     for t in range(prefill, prefill + case["decode_steps"]):
-        lengths = torch.full((batch,), t + 1, dtype=torch.int32)
-        update_summaries(k, summaries, lengths, w, chunk_size=size)
-        steps.append(dash_decode(q[:, t], k, v, summaries, lengths, **arguments(case)))
-    assert relative_error(torch.stack(steps, 1), tensors["decode_out"]) < tolerance(tensors)
+        lengths = torch.full((batch,), t + 1, dtype=torch.int32, device=device)
+        update_summaries(k, summaries, lengths, w, chunk_size=size, backend=backend)
+        steps.append(dash_decode(q[:, t], k, v, summaries, lengths, **arguments(case), backend=backend))
+    return relative_error(torch.stack(steps, 1).cpu(), tensors["decode_out"])
+
+
+@pytest.mark.parametrize("path", DECODE_FILES, ids=lambda path: path.stem)
+def test_decode(path):
+    assert decode_error(path, "cpu", "reference") < tolerance(load(path)[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")
+@pytest.mark.parametrize("path", DECODE_FILES, ids=lambda path: path.stem)
+def test_decode_in_triton(path):
+    assert decode_error(path, "cpu", "triton") < tolerance(load(path)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", DECODE_FILES, ids=lambda path: path.stem)
+def test_decode_in_triton_on_gpu(path):
+    assert decode_error(path, "cuda", "triton") < tolerance(load(path)[1])

@@ -14,13 +14,19 @@ STACK_LIMIT = {128: 128, 256: 1024}  # bytes of spills by head_dim: some at the 
 MATRIX_KERNELS = ("route_kernel", "attend", "own_keys", "listed_keys", "routing")
 
 
-@pytest.mark.parametrize("shape", [(40_000, 16, 1, 128, 64), (1_000, 16, 1, 256, 128)], ids=["D128", "D256"])
-def test_kernels_for_sm90(shape):
+def compile_on_cpu(what: str, *shape: int) -> dict[str, dict[str, int]]:
+    """What each kernel takes, by name."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(str, shape)]
+    command = [sys.executable, str(SCRIPT), what, *map(str, shape)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    kernels = json.loads(run.stdout)
+    kernels: dict[str, dict[str, int]] = json.loads(run.stdout)
+    return kernels
+
+
+@pytest.mark.parametrize("shape", [(40_000, 16, 1, 128, 64), (1_000, 16, 1, 256, 128)], ids=["D128", "D256"])
+def test_kernels_for_sm90(shape):
+    kernels = compile_on_cpu("passes", *shape)
     assert len(kernels) == (16 if shape[0] > 32_768 else 13)
     for name, usage in kernels.items():
         assert usage["shared_bytes"] <= SHARED_LIMIT, name
@@ -30,3 +36,17 @@ def test_kernels_for_sm90(shape):
     if shape[3] == 128:  # with 256 the registers do not suffice
         for name in ("attend_kernel", "attend_backward_kernel", "own_keys_kernel", "listed_keys_kernel"):
             assert not kernels[name]["serialized"], name
+
+
+@pytest.mark.parametrize("shape", [(131_072, 32, 8, 128, 64), (131_072, 64, 8, 128, 64)], ids=["G4", "G8"])
+def test_decoding_for_sm90(shape):
+    kernels = compile_on_cpu("decode", *shape)
+    assert len(kernels) == 5
+    for name, usage in kernels.items():
+        assert usage["stack_bytes"] == 0, name
+        assert (usage["mma_sync"] > 0) == name.startswith(("score", "attend")), name
+    attend = kernels["attend_parts_kernel"]
+    blocks_in_flight = 2 * 2 * 2**14  # two of keys and of values
+    assert attend["shared_bytes"] > blocks_in_flight
+    assert 3 * attend["shared_bytes"] <= SHARED_LIMIT  # three programs fit on an SM,
+    assert 3 * 128 * attend["registers"] <= 2**16  # by their registers too
