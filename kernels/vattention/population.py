@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dash_train.kernels.entmax import compute_dtype
 
-# With page bounds. One sampled token that could move the denominator by more than this share of epsilon is a needle:
-# at it, Bernstein's range term equals the variance term near delta = .05.
+# With page bounds. A sampled token may move the denominator by at most this share of epsilon,
 NEEDLE_SHARE = 0.5
+# so a chunk is a needle if that would take a sample of more than this share of the residual.
+NEEDLE_SAMPLE = 0.05
 # All dropped chunks together hold at most this share of epsilon of the denominator.
 DROPPED_SHARE = 1e-3
 
@@ -48,6 +49,7 @@ class Population(NamedTuple):
     residual: Tensor  # sampled from: R
     dropped: Tensor  # proved by the page bounds not to matter
     everything: Tensor  # [batch, kv_heads]: too many chunks could hide a needle, so all are certain
+    least_sample: Tensor  # [batch, kv_heads] int64: what the bounds of the residual demand of the sample
 
 
 def split_population(
@@ -81,21 +83,24 @@ def split_population(
     certain = certain | (complete & (place < wanted))
     if bounds is None:
         nothing = torch.zeros_like(certain)
-        return Population(certain, population & ~certain, nothing, nothing[..., 0])
+        return Population(certain, population & ~certain, nothing, nothing[..., 0], nothing[..., 0].long())
 
     # The summaries' log-mass counts one token a chunk: a lower bound of log D. With a whole chunk for each it is a good
-    # estimate (for mean keys still a lower bound).
-    is_open = complete & ~certain
+    # estimate (for mean keys still a lower bound), and a token of weight w needs n_s w / D / limit tokens of sample.
     upper = (_upper_bounds(grouped_q, *bounds) + chunk_bias[:, :, None] - log_mass).amax(2)
+    limit = NEEDLE_SHARE * config.epsilon * config.chunk_size
+    is_open = complete & ~certain
+    needles = is_open & (upper > math.log(NEEDLE_SAMPLE * limit))
     tokens = population.sum(-1, keepdim=True).clamp(min=1) * config.chunk_size
-    needle = NEEDLE_SHARE * config.epsilon * config.chunk_size * config.base_sample / tokens
-    needles = is_open & (upper > needle.log())
     dropped = is_open & (upper <= (DROPPED_SHARE * config.epsilon / tokens).log())
     left_open = (population & ~certain).sum(-1, keepdim=True)
     everything = needles.sum(-1, keepdim=True) > config.max_sample * left_open
     certain = torch.where(everything, population, certain | needles)
     dropped = dropped & ~everything
-    return Population(certain, population & ~certain & ~dropped, dropped, everything[..., 0])
+    residual = population & ~certain & ~dropped
+    largest = upper.masked_fill(~(residual & complete), -torch.inf).amax(-1).exp()
+    least_sample = (residual.sum(-1) * config.chunk_size * largest / limit).ceil().long()
+    return Population(certain, residual, dropped, everything[..., 0], least_sample)
 
 
 def _upper_bounds(grouped_q: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def vattention_reference(
     floor = output_floor(estimate, v, base, m, config)
     if budget is None:
         variance = sample_variance(logits, log_mass, v, estimate, distance, base, m, config)
-        budget = needed_sample(variance, floor, n_s, config)
+        budget = torch.maximum(needed_sample(variance, floor, n_s, config), population.least_sample)
     b = torch.maximum(budget, m)
     dense = population.everything | ((n_s > 0) & (b.clamp(min=config.base_sample) > config.max_sample * n_s))
     b = torch.minimum(b, n_s)
