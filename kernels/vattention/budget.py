@@ -17,6 +17,7 @@ from dash_train.kernels.vattention.workspace import (
     DROPPED_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    UNBOUNDED_CHUNKS,
     Shape,
     Workspace,
 )
@@ -166,6 +167,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         density=torch.empty(size, device=q.device),
         half_width=torch.empty(shape.batch, shape.heads, device=q.device),
         dense_fallback=torch.empty(size, dtype=torch.bool, device=q.device),
+        unbounded_chunks=torch.empty(size, dtype=torch.int32, device=q.device),
     )
     merge_kernel[(shape.batch * shape.heads,)](
         work.counts,
@@ -214,6 +216,7 @@ def merge_kernel(
     density_ptr,
     half_width_ptr,
     dense_ptr,
+    unbounded_ptr,
     base_sample,
     sequences,
     max_sample,
@@ -235,7 +238,7 @@ def merge_kernel(
     counts_ptr += sequence
     n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
     b = tl.minimum(tl.load(counts_ptr + SAMPLE * sequences), n_s)
-    everything = reads_everything(counts_ptr, sequences, base_sample, max_sample) != 0
+    everything = reads_everything(counts_ptr, sequences, base_sample, max_sample)
 
     split = tl.arange(0, PADDED_SPLITS)
     partial = head * ALL_SPLITS
@@ -285,6 +288,8 @@ def merge_kernel(
         tl.store(tokens_read_ptr + sequence, read)
         tl.store(density_ptr + sequence, read.to(tl.float32) / tokens)
         tl.store(dense_ptr + sequence, everything)
+        unbounded = tl.load(counts_ptr + UNBOUNDED_CHUNKS * sequences)
+        tl.store(unbounded_ptr + sequence, tl.where(everything, 0, unbounded))
 
 
 @triton.jit

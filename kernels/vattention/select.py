@@ -13,10 +13,10 @@ from dash_train.kernels.vattention.workspace import (
     ALL_TOKENS,
     CERTAIN_CHUNKS,
     DROPPED_CHUNKS,
-    EVERYTHING,
     RESIDUAL_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    UNBOUNDED_CHUNKS,
     Shape,
     Workspace,
 )
@@ -220,16 +220,16 @@ def select_kernel(
     certain = certain | top(rank, is_complete & ~certain, wanted)
 
     dropped = population & (chunk < 0)
-    everything = 0
+    unbounded = population
     if BOUNDED:
-        is_open = is_complete & ~certain
         tokens = tl.maximum(count, 1).to(tl.float32) * CHUNK
-        needles = is_open & (upper > tl.log2(NEEDLE_SAMPLE * limit))
-        dropped = is_open & (upper <= tl.log2(negligible / tokens))
-        left_open = tl.sum((population & ~certain).to(tl.int32), 0).to(tl.float32)
-        everything = (tl.sum(needles.to(tl.int32), 0).to(tl.float32) > max_sample * left_open).to(tl.int32)
-        certain = tl.where(everything != 0, population, certain | needles)
-        dropped = dropped & (everything == 0)
+        is_open = population & ~certain
+        needles = is_open & is_complete & (upper > tl.log2(NEEDLE_SAMPLE * limit))
+        left_open = tl.sum(is_open.to(tl.int32), 0).to(tl.float32)
+        is_proof = tl.sum(needles.to(tl.int32), 0).to(tl.float32) <= max_sample * left_open
+        certain = certain | tl.where(is_proof, needles, top(upper, needles, wanted))
+        dropped = is_open & is_complete & (upper <= tl.log2(negligible / tokens))
+        unbounded = needles | ~is_complete
     residual = population & ~certain & ~dropped
 
     order_ptr += sequence * chunks
@@ -248,12 +248,13 @@ def select_kernel(
     tl.store(counts_ptr + DROPPED_CHUNKS * sequences, n_dropped)
     tl.store(counts_ptr + RESIDUAL_TOKENS * sequences, n_s)
     tl.store(counts_ptr + ALL_TOKENS * sequences, tl.sum(tl.where(population, tokens_of, 0), 0))
-    tl.store(counts_ptr + EVERYTHING * sequences, everything)
+    tl.store(counts_ptr + UNBOUNDED_CHUNKS * sequences, tl.sum((residual & unbounded).to(tl.int32), 0))
     least_sample = tl.minimum(n_s, base_sample)
     if BOUNDED:
         largest = tl.exp2(tl.max(tl.where(residual & is_complete, upper, float("-inf")), 0))
         needed = tl.ceil(n_residual.to(tl.float32) * CHUNK * largest / limit)
-        least_sample = tl.maximum(least_sample, tl.minimum(needed, n_s.to(tl.float32)).to(tl.int32))
+        needed = tl.minimum(needed, n_s.to(tl.float32)).to(tl.int32)
+        least_sample = tl.where(is_proof, tl.maximum(least_sample, needed), least_sample)
     tl.store(counts_ptr + SAMPLE * sequences, least_sample)
 
 

@@ -24,7 +24,7 @@ RESIDUAL_CHUNKS = tl.constexpr(1)
 DROPPED_CHUNKS = tl.constexpr(2)
 RESIDUAL_TOKENS = tl.constexpr(3)  # n_s
 ALL_TOKENS = tl.constexpr(4)  # of the population
-EVERYTHING = tl.constexpr(5)  # 1 where needles could hide in too many chunks
+UNBOUNDED_CHUNKS = tl.constexpr(5)  # of the residual, that could hide a needle
 SAMPLE = tl.constexpr(6)  # b: the least of it, then raised by every head of the group
 COUNTS = 7
 
