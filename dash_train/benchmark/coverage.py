@@ -23,16 +23,9 @@ LEVELS = (0.1, 0.05, 0.025)  # epsilon and delta alike
 MAX_FALLBACKS = 0.2  # a cell with more of them is not covered by sampling
 BLOCK_ROWS = 16  # queries at once
 COLUMNS = (
-    "population",
-    "verify",
-    "bounds",
-    "ε = δ",
-    "Pr(error > ε) ± 3 s.e.",
-    "of \\|o\\|",
-    "mean error / ε",
-    "density",
+    *("population", "verify", "bounds", "ε = δ", "Pr(error > ε) ± 3 s.e.", "of \\|o\\|"),
+    *("mean error / ε", "density", "fallbacks", ""),
 )
-COLUMNS += ("fallbacks", "")
 
 
 class Cell(NamedTuple):

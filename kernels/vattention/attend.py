@@ -19,6 +19,7 @@ from dash_train.kernels.vattention.workspace import (
     RESIDUAL_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    SPLITS,
     Shape,
     Workspace,
 )
@@ -42,7 +43,7 @@ def attend(
     """Writes the splits of the certain chunks and of the base sample, or with `extra` those of all that is left."""
     row_bytes = shape.block_dim * k_cache.element_size()
     tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    attend_kernel[(shape.splits if extra else shape.splits + shape.base_splits, shape.sequences)](
+    attend_kernel[(SPLITS if extra else SPLITS + shape.base_splits, shape.sequences)](
         q,
         k_cache,
         v_cache,
@@ -73,7 +74,7 @@ def attend(
         CHUNK=shape.chunk_size,
         TILE=tile,
         LIST_BLOCK=LIST_BLOCK,
-        SPLITS=shape.splits,
+        SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
         BASE_TOKENS=BASE_TOKENS,
         BIASED=chunk_bias is not None,

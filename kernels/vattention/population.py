@@ -75,7 +75,8 @@ def split_population(
     log_mass = scores.logsumexp(-1, keepdim=True)  # of the summaries: each stands for one token of its chunk
     rank = (scores - log_mass).amax(2)  # a chunk's share of the mass, in the head in which it is largest
 
-    is_near = (chunk * config.chunk_size < config.sink) | ((chunk + 1) * config.chunk_size > length - config.window)
+    end = torch.minimum((chunk + 1) * config.chunk_size, length)
+    is_near = (chunk * config.chunk_size < config.sink) | (end > length - config.window)
     certain = population & is_near
     wanted = (population.sum(-1, keepdim=True) * config.heavy + 0.5).floor()
     certain = certain | _top(rank, complete & ~certain, wanted)

@@ -213,7 +213,7 @@ def select_kernel(
             bound = tl.load(upper_ptr + place, mask=is_complete, other=float("-inf")) + bias
             upper = tl.maximum(upper, bound - log_mass)
 
-    is_near = (chunk * CHUNK < sink) | ((chunk + 1) * CHUNK > length - window)
+    is_near = (chunk * CHUNK < sink) | (tl.minimum((chunk + 1) * CHUNK, length) > length - window)
     certain = population & is_near
     count = tl.sum(population.to(tl.int32), 0)
     wanted = tl.floor(count.to(tl.float32) * heavy + 0.5).to(tl.int32)
