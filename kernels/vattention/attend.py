@@ -16,10 +16,10 @@ from dash_train.kernels.vattention.workspace import (
     BASE_TOKENS,
     CERTAIN_CHUNKS,
     DROPPED_CHUNKS,
-    EVERYTHING,
     RESIDUAL_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    SPLITS,
     Shape,
     Workspace,
 )
@@ -43,7 +43,7 @@ def attend(
     """Writes the splits of the certain chunks and of the base sample, or with `extra` those of all that is left."""
     row_bytes = shape.block_dim * k_cache.element_size()
     tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    attend_kernel[(shape.splits if extra else shape.splits + shape.base_splits, shape.sequences)](
+    attend_kernel[(SPLITS if extra else SPLITS + shape.base_splits, shape.sequences)](
         q,
         k_cache,
         v_cache,
@@ -74,7 +74,7 @@ def attend(
         CHUNK=shape.chunk_size,
         TILE=tile,
         LIST_BLOCK=LIST_BLOCK,
-        SPLITS=shape.splits,
+        SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
         BASE_TOKENS=BASE_TOKENS,
         BIASED=chunk_bias is not None,
@@ -146,7 +146,7 @@ def attend_kernel(
     n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
 
     if EXTRA:
-        is_drawn = reads_everything(counts_ptr, sequences, base_sample, max_sample) == 0
+        is_drawn = ~reads_everything(counts_ptr, sequences, base_sample, max_sample)
         chunks_left = tl.load(counts_ptr + RESIDUAL_CHUNKS * sequences) + tl.load(
             counts_ptr + DROPPED_CHUNKS * sequences
         )
@@ -248,8 +248,7 @@ def share(begin, end, split, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def reads_everything(counts_ptr, sequences, base_sample, max_sample):
-    """1 for a sequence whose sample would be too large, or that needles forbid to sample."""
+    """Whether the sample of a sequence would be too large."""
     n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
     b = tl.maximum(tl.load(counts_ptr + SAMPLE * sequences), base_sample)
-    is_too_large = (n_s > 0) & (b.to(tl.float32) > max_sample * n_s.to(tl.float32))
-    return is_too_large.to(tl.int32) | tl.load(counts_ptr + EVERYTHING * sequences)
+    return (n_s > 0) & (b.to(tl.float32) > max_sample * n_s.to(tl.float32))

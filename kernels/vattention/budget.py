@@ -17,6 +17,8 @@ from dash_train.kernels.vattention.workspace import (
     DROPPED_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    SPLITS,
+    UNBOUNDED_CHUNKS,
     Shape,
     Workspace,
 )
@@ -50,9 +52,9 @@ def find_budget(v_cache: Tensor, shape: Shape, config: VAttentionConfig, work: W
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=shape.block_dim,
         CHUNK=shape.chunk_size,
-        SPLITS=shape.splits,
+        SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
-        PADDED_SPLITS=triton.next_power_of_2(shape.splits + shape.base_splits),
+        PADDED_SPLITS=triton.next_power_of_2(SPLITS + shape.base_splits),
         BLOCK=BLOCK,
         VERIFY=config.verify,
         num_warps=4,
@@ -166,6 +168,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         density=torch.empty(size, device=q.device),
         half_width=torch.empty(shape.batch, shape.heads, device=q.device),
         dense_fallback=torch.empty(size, dtype=torch.bool, device=q.device),
+        unbounded_chunks=torch.empty(size, dtype=torch.int32, device=q.device),
     )
     merge_kernel[(shape.batch * shape.heads,)](
         work.counts,
@@ -188,7 +191,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=shape.block_dim,
         CHUNK=shape.chunk_size,
-        SPLITS=shape.splits,
+        SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
         PADDED_SPLITS=triton.next_power_of_2(shape.all_splits),
         BLOCK=BLOCK,
@@ -214,6 +217,7 @@ def merge_kernel(
     density_ptr,
     half_width_ptr,
     dense_ptr,
+    unbounded_ptr,
     base_sample,
     sequences,
     max_sample,
@@ -235,7 +239,7 @@ def merge_kernel(
     counts_ptr += sequence
     n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
     b = tl.minimum(tl.load(counts_ptr + SAMPLE * sequences), n_s)
-    everything = reads_everything(counts_ptr, sequences, base_sample, max_sample) != 0
+    everything = reads_everything(counts_ptr, sequences, base_sample, max_sample)
 
     split = tl.arange(0, PADDED_SPLITS)
     partial = head * ALL_SPLITS
@@ -285,6 +289,8 @@ def merge_kernel(
         tl.store(tokens_read_ptr + sequence, read)
         tl.store(density_ptr + sequence, read.to(tl.float32) / tokens)
         tl.store(dense_ptr + sequence, everything)
+        unbounded = tl.load(counts_ptr + UNBOUNDED_CHUNKS * sequences)
+        tl.store(unbounded_ptr + sequence, tl.where(everything, 0, unbounded))
 
 
 @triton.jit

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dash_train.kernels.entmax import compute_dtype
 
-# With page bounds. One sampled token that could move the denominator by more than this share of epsilon is a needle:
-# at it, Bernstein's range term equals the variance term near delta = .05.
+# With page bounds. A sampled token may move the denominator by at most this share of epsilon,
 NEEDLE_SHARE = 0.5
+# so a chunk is a needle if that would take a sample of more than this share of the residual.
+NEEDLE_SAMPLE = 0.05
 # All dropped chunks together hold at most this share of epsilon of the denominator.
 DROPPED_SHARE = 1e-3
 
@@ -47,7 +48,8 @@ class Population(NamedTuple):
     certain: Tensor  # read for certain: the set I
     residual: Tensor  # sampled from: R
     dropped: Tensor  # proved by the page bounds not to matter
-    everything: Tensor  # [batch, kv_heads]: too many chunks could hide a needle, so all are certain
+    unbounded: Tensor  # [batch, kv_heads] int64: residual chunks that could hide a needle, for all that is known
+    least_sample: Tensor  # [batch, kv_heads] int64: what the bounds of the residual demand of the sample
 
 
 def split_population(
@@ -73,29 +75,41 @@ def split_population(
     log_mass = scores.logsumexp(-1, keepdim=True)  # of the summaries: each stands for one token of its chunk
     rank = (scores - log_mass).amax(2)  # a chunk's share of the mass, in the head in which it is largest
 
-    is_near = (chunk * config.chunk_size < config.sink) | ((chunk + 1) * config.chunk_size > length - config.window)
+    end = torch.minimum((chunk + 1) * config.chunk_size, length)
+    is_near = (chunk * config.chunk_size < config.sink) | (end > length - config.window)
     certain = population & is_near
     wanted = (population.sum(-1, keepdim=True) * config.heavy + 0.5).floor()
-    order = rank.masked_fill(~complete | certain, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    place = torch.empty_like(order).scatter_(-1, order, chunk.expand_as(order))
-    certain = certain | (complete & (place < wanted))
+    certain = certain | _top(rank, complete & ~certain, wanted)
     if bounds is None:
+        residual = population & ~certain
         nothing = torch.zeros_like(certain)
-        return Population(certain, population & ~certain, nothing, nothing[..., 0])
+        return Population(certain, residual, nothing, residual.sum(-1), nothing.sum(-1))
 
     # The summaries' log-mass counts one token a chunk: a lower bound of log D. With a whole chunk for each it is a good
-    # estimate (for mean keys still a lower bound).
-    is_open = complete & ~certain
+    # estimate (for mean keys still a lower bound), and a token of weight w needs n_s w / D / limit tokens of sample.
     upper = (_upper_bounds(grouped_q, *bounds) + chunk_bias[:, :, None] - log_mass).amax(2)
+    limit = NEEDLE_SHARE * config.epsilon * config.chunk_size
     tokens = population.sum(-1, keepdim=True).clamp(min=1) * config.chunk_size
-    needle = NEEDLE_SHARE * config.epsilon * config.chunk_size * config.base_sample / tokens
-    needles = is_open & (upper > needle.log())
-    dropped = is_open & (upper <= (DROPPED_SHARE * config.epsilon / tokens).log())
-    left_open = (population & ~certain).sum(-1, keepdim=True)
-    everything = needles.sum(-1, keepdim=True) > config.max_sample * left_open
-    certain = torch.where(everything, population, certain | needles)
-    dropped = dropped & ~everything
-    return Population(certain, population & ~certain & ~dropped, dropped, everything[..., 0])
+    is_open = population & ~certain
+    needles = is_open & complete & (upper > math.log(NEEDLE_SAMPLE * limit))
+    is_proof = needles.sum(-1, keepdim=True) <= config.max_sample * is_open.sum(-1, keepdim=True)
+    certain = certain | torch.where(is_proof, needles, _top(upper, needles, wanted))
+    dropped = is_open & complete & (upper <= (DROPPED_SHARE * config.epsilon / tokens).log())
+    residual = population & ~certain & ~dropped
+    unbounded = residual & (needles | ~complete)
+    largest = upper.masked_fill(~(residual & complete), -torch.inf).amax(-1).exp()
+    least_sample = (residual.sum(-1) * config.chunk_size * largest / limit).ceil()
+    least_sample = least_sample.clamp(max=2**31 - 1).long() * is_proof[..., 0]
+    return Population(certain, residual, dropped, unbounded.sum(-1), least_sample)
+
+
+def _top(rank: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:
+    """The `wanted` [batch, kv_heads, 1] candidates of the highest rank, of equal ones the first."""
+    order = rank.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return candidates & (place < wanted)
 
 
 def _upper_bounds(grouped_q: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class VAttentionReport(NamedTuple):
     density: Tensor  # [batch, kv_heads] fp32: tokens_read / tokens of the population
     half_width: Tensor  # [batch, heads] fp32: of the 1 - delta interval, relative; 0 when everything was read
     dense_fallback: Tensor  # [batch, kv_heads] bool: everything was read though sampling was asked for
+    unbounded_chunks: Tensor  # [batch, kv_heads] int32: chunks left to sampling that could hide a needle, for all that
+    #                           the page bounds tell: those the bounds do not exclude, or all, without bounds
 
 
 def vattention_reference(
@@ -54,9 +56,9 @@ def vattention_reference(
     floor = output_floor(estimate, v, base, m, config)
     if budget is None:
         variance = sample_variance(logits, log_mass, v, estimate, distance, base, m, config)
-        budget = needed_sample(variance, floor, n_s, config)
+        budget = torch.maximum(needed_sample(variance, floor, n_s, config), population.least_sample)
     b = torch.maximum(budget, m)
-    dense = population.everything | ((n_s > 0) & (b.clamp(min=config.base_sample) > config.max_sample * n_s))
+    dense = (n_s > 0) & (b.clamp(min=config.base_sample) > config.max_sample * n_s)
     b = torch.minimum(b, n_s)
 
     sample = draw < b[..., None]
@@ -70,6 +72,7 @@ def vattention_reference(
         tokens_read / all_tokens.sum(-1),
         half_width.masked_fill(dense[..., None], 0).flatten(1).float(),
         dense,
+        population.unbounded.masked_fill(dense, 0).int(),
     )
     return out.flatten(1, 2).to(q.dtype), report
 

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.vattention.population import DROPPED_SHARE, NEEDLE_SHARE, VAttentionConfig
+from dash_train.kernels.vattention.population import DROPPED_SHARE, NEEDLE_SAMPLE, NEEDLE_SHARE, VAttentionConfig
 from dash_train.kernels.vattention.workspace import (
     ALL_TOKENS,
     CERTAIN_CHUNKS,
     DROPPED_CHUNKS,
-    EVERYTHING,
     RESIDUAL_CHUNKS,
     RESIDUAL_TOKENS,
     SAMPLE,
+    UNBOUNDED_CHUNKS,
     Shape,
     Workspace,
 )
@@ -148,7 +148,7 @@ def select_chunks(
         config.base_sample,
         config.heavy,
         config.max_sample,
-        NEEDLE_SHARE * config.epsilon * config.chunk_size * config.base_sample,
+        NEEDLE_SHARE * config.epsilon * config.chunk_size,
         DROPPED_SHARE * config.epsilon,
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
@@ -156,6 +156,7 @@ def select_chunks(
         BLOCK=block,
         BIASED=chunk_bias is not None,
         BOUNDED=work.upper is not None,
+        NEEDLE_SAMPLE=NEEDLE_SAMPLE,
         LOG2_E=LOG2_E,
         num_warps=4 if block <= 512 else 8 if block <= 4096 else 16,
     )
@@ -175,7 +176,7 @@ def select_kernel(
     base_sample,
     heavy,
     max_sample,
-    needle,
+    limit,
     negligible,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -183,6 +184,7 @@ def select_kernel(
     BLOCK: tl.constexpr,
     BIASED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    NEEDLE_SAMPLE: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
     """One program a KV head: all of its chunks at once."""
@@ -211,23 +213,23 @@ def select_kernel(
             bound = tl.load(upper_ptr + place, mask=is_complete, other=float("-inf")) + bias
             upper = tl.maximum(upper, bound - log_mass)
 
-    is_near = (chunk * CHUNK < sink) | ((chunk + 1) * CHUNK > length - window)
+    is_near = (chunk * CHUNK < sink) | (tl.minimum((chunk + 1) * CHUNK, length) > length - window)
     certain = population & is_near
     count = tl.sum(population.to(tl.int32), 0)
     wanted = tl.floor(count.to(tl.float32) * heavy + 0.5).to(tl.int32)
     certain = certain | top(rank, is_complete & ~certain, wanted)
 
     dropped = population & (chunk < 0)
-    everything = 0
+    unbounded = population
     if BOUNDED:
-        is_open = is_complete & ~certain
         tokens = tl.maximum(count, 1).to(tl.float32) * CHUNK
-        needles = is_open & (upper > tl.log2(needle / tokens))
-        dropped = is_open & (upper <= tl.log2(negligible / tokens))
-        left_open = tl.sum((population & ~certain).to(tl.int32), 0).to(tl.float32)
-        everything = (tl.sum(needles.to(tl.int32), 0).to(tl.float32) > max_sample * left_open).to(tl.int32)
-        certain = tl.where(everything != 0, population, certain | needles)
-        dropped = dropped & (everything == 0)
+        is_open = population & ~certain
+        needles = is_open & is_complete & (upper > tl.log2(NEEDLE_SAMPLE * limit))
+        left_open = tl.sum(is_open.to(tl.int32), 0).to(tl.float32)
+        is_proof = tl.sum(needles.to(tl.int32), 0).to(tl.float32) <= max_sample * left_open
+        certain = certain | tl.where(is_proof, needles, top(upper, needles, wanted))
+        dropped = is_open & is_complete & (upper <= tl.log2(negligible / tokens))
+        unbounded = needles | ~is_complete
     residual = population & ~certain & ~dropped
 
     order_ptr += sequence * chunks
@@ -246,8 +248,14 @@ def select_kernel(
     tl.store(counts_ptr + DROPPED_CHUNKS * sequences, n_dropped)
     tl.store(counts_ptr + RESIDUAL_TOKENS * sequences, n_s)
     tl.store(counts_ptr + ALL_TOKENS * sequences, tl.sum(tl.where(population, tokens_of, 0), 0))
-    tl.store(counts_ptr + EVERYTHING * sequences, everything)
-    tl.store(counts_ptr + SAMPLE * sequences, tl.minimum(n_s, base_sample))
+    tl.store(counts_ptr + UNBOUNDED_CHUNKS * sequences, tl.sum((residual & unbounded).to(tl.int32), 0))
+    least_sample = tl.minimum(n_s, base_sample)
+    if BOUNDED:
+        largest = tl.exp2(tl.max(tl.where(residual & is_complete, upper, float("-inf")), 0))
+        needed = tl.ceil(n_residual.to(tl.float32) * CHUNK * largest / limit)
+        needed = tl.minimum(needed, n_s.to(tl.float32)).to(tl.int32)
+        least_sample = tl.where(is_proof, tl.maximum(least_sample, needed), least_sample)
+    tl.store(counts_ptr + SAMPLE * sequences, least_sample)
 
 
 @triton.jit

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dash_train.kernels.vattention.population import VAttentionConfig
 
-PROGRAMS = 1024  # about how many a kernel that reads the cache is given: several waves of an H100's 132 SMs
-MIN_SPLITS, MAX_SPLITS = 8, 32
+# Of the certain chunks, and again of what is sampled after the base sample. The same for every batch, so that a row's
+# sums, and with them the rounding of its budget, do not depend on the other rows.
+SPLITS = 16
 BASE_TOKENS = 128  # of one base split
 
 # Rows of Workspace.counts.
@@ -24,7 +25,7 @@ RESIDUAL_CHUNKS = tl.constexpr(1)
 DROPPED_CHUNKS = tl.constexpr(2)
 RESIDUAL_TOKENS = tl.constexpr(3)  # n_s
 ALL_TOKENS = tl.constexpr(4)  # of the population
-EVERYTHING = tl.constexpr(5)  # 1 where needles could hide in too many chunks
+UNBOUNDED_CHUNKS = tl.constexpr(5)  # of the residual, that could hide a needle
 SAMPLE = tl.constexpr(6)  # b: the least of it, then raised by every head of the group
 COUNTS = 7
 
@@ -59,17 +60,12 @@ class Shape(NamedTuple):
         return max(16, int(triton.next_power_of_2(self.head_dim)))
 
     @property
-    def splits(self) -> int:
-        """Of the certain chunks, and again of what is sampled after the base sample."""
-        return min(MAX_SPLITS, max(MIN_SPLITS, PROGRAMS // self.sequences))
-
-    @property
     def base_splits(self) -> int:
         return -(-self.base_sample // BASE_TOKENS)
 
     @property
     def all_splits(self) -> int:
-        return 2 * self.splits + self.base_splits
+        return 2 * SPLITS + self.base_splits
 
 
 class Workspace(NamedTuple):
@@ -114,7 +110,7 @@ def new_workspace(shape: Shape, v_cache: Tensor, bounded: bool) -> Workspace:
         highest=empty(heads, shape.all_splits),
         total=empty(heads, shape.all_splits),
         acc=empty(heads, shape.all_splits, shape.head_dim),
-        squares=empty(heads, shape.splits),
+        squares=empty(heads, SPLITS),
         base_squares=empty(heads),
         base_top=empty(heads),
         centre=empty(heads, shape.head_dim, dtype=v_cache.dtype),
