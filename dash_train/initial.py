@@ -30,8 +30,8 @@ class Source:
     """Reads the weights, on the CPU and in the type they were saved in, by state-dict name."""
 
 
-def open_source(path: str | Path) -> Source:
-    """Open what `init.from` names: a run folder, one of its checkpoints, or an exported (Hugging Face) folder.
+def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
+    """Open a run folder, one of its checkpoints, or an exported (Hugging Face) folder; `named_by` begins the error.
 
     Raises:
         UserError: it is none of these.
@@ -48,7 +48,7 @@ def open_source(path: str | Path) -> Source:
 
         config, load = read_folder(path)
         return Source(config, path, load)
-    raise UserError(f"init.from: {path}: expected a run folder, a checkpoint or an exported folder, found none of them")
+    raise UserError(f"{named_by}{path}: expected a run folder, a checkpoint or an exported folder, found none of them")
 
 
 def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Recipe:

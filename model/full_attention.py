@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 # The first that can do the call does it. Without the math backend, which would hold all the scores.
@@ -29,8 +28,8 @@ def full_attention(
 ) -> Tensor:
     """Softmax attention of q `[batch, q_len, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
 
-    `mask` says who is seen: that of `document_mask` or `cache_mask`; None is plain causality. q is as many equal pieces
-    as `query_starts` names positions of the row, piece i from query_starts[i] on; default the whole row.
+    `mask` says who is seen, that of `document_mask`; None is plain causality. q is as many equal pieces as
+    `query_starts` names positions of the row, piece i from query_starts[i] on; default the whole row.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
@@ -49,8 +48,12 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     k, v = k[:, :, :seen], v[:, :, :seen]
     if q.is_cuda and q.dtype == torch.float32:  # the one kernel for it knows no groups in every version of torch
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # A mask that is not a tensor: on CUDA it selects FlashAttention's causality from the last query and key back.
-    causality: dict[str, Any] = {"attn_mask": causal_lower_right(q.shape[2], seen)} if start else {"is_causal": True}
+    causality: dict[str, Any] = {"is_causal": True}
+    if start:
+        from torch.nn.attention.bias import causal_lower_right  # imports triton, which takes a while
+
+        # A mask that is not a tensor: on CUDA it selects FlashAttention's causality from the last query and key back.
+        causality = {"attn_mask": causal_lower_right(q.shape[2], seen)}
     with sdpa_kernel(FUSED, set_priority=True) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **causality, enable_gqa=k.shape[1] < q.shape[1])
 
@@ -74,8 +77,3 @@ def document_mask(document_starts: Tensor, positions: Tensor) -> Tensor | BlockM
         return create_block_mask(sees, batch, None, len(positions), seq, device="cuda", _compile=True)
     key = torch.arange(seq)
     return ((key <= positions[:, None]) & (key >= starts[..., None]))[:, None]
-
-
-def cache_mask(lengths: Tensor, capacity: int) -> Tensor:
-    """The cached tokens of rows of `lengths` `[batch]`, bool `[batch, 1, 1, capacity]`."""
-    return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]
