@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=32768, help="keys a query (synthetic)")
     parser.add_argument("--heads", type=int, default=4, help="of the one KV head (synthetic)")
     parser.add_argument("--head-dim", type=int, default=64, help="(synthetic)")
+    parser.add_argument("--off-axis", type=float, default=0.1, help="how loose page bounds are (synthetic)")
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--heavy", type=float, default=0.05)
     parser.add_argument("--base-sample", type=int, default=512)
@@ -87,7 +88,8 @@ def synthetic_problems(name: str, args: argparse.Namespace) -> Iterator[Problem]
     generator = torch.Generator(args.device).manual_seed(args.seed)
     rows = math.ceil(args.pairs / args.heads)
     for _ in range(0, rows, BLOCK_ROWS):
-        yield make_problem(name, BLOCK_ROWS, args.context, args.heads, args.head_dim, args.chunk_size, generator)
+        shape = (BLOCK_ROWS, args.context, args.heads, args.head_dim, args.chunk_size)
+        yield make_problem(name, *shape, args.off_axis, generator)
 
 
 def measure(problems: Iterator[Problem], args: argparse.Namespace) -> list[dict[str, float | str | bool]]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 POPULATIONS = ("uniform", "peaked", "heavy-tailed", "needle", "cancelling")
-OFF_AXIS = 0.1  # share of a query outside its own channel
 NEEDLE = 0.2  # share of the softmax that a needle holds
 PEAKED = 0.02  # share of the chunks whose logits are PEAK higher
 PEAK = 4.0
@@ -24,12 +23,21 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    name: str, rows: int, context: int, heads: int, head_dim: int, chunk_size: int, generator: torch.Generator
+    name: str,
+    rows: int,
+    context: int,
+    heads: int,
+    head_dim: int,
+    chunk_size: int,
+    off_axis: float,
+    generator: torch.Generator,
 ) -> Problem:
-    """One KV head. Head h looks mostly at channel h of the keys, which holds its logits; the rest of a key is noise.
+    """One KV head. Head h looks at channel h of the keys, which holds its logits, and a little at the rest, which is
+    noise: it adds N(0, off_axis) to the logits, and far more to what the page bounds allow (at .1 about 1.5, at .8
+    about 12).
 
     uniform: logits N(0, .5). peaked: N(0, 1), and 4 more in 2 % of the chunks. heavy-tailed: weights of a Pareto
-    distribution with exponent 2.5 (no third moment). needle: uniform, and one token that holds a fifth of the softmax.
+    distribution with exponent 2.5 (no third moment). needle: N(0, 1), and one token that holds a fifth of the softmax.
     cancelling: uniform, with values of zero mean where all others have 1 + N(0, 1) in each channel.
     """
     device = generator.device
@@ -46,7 +54,7 @@ def make_problem(
         logits += PEAK * is_peak.repeat_interleave(chunk_size, 1)
     elif name == "heavy-tailed":
         logits = -0.4 * uniform(rows, context, heads).clamp(min=1e-7).log()
-    else:
+    elif name != "needle":
         logits *= 0.5
     if name == "needle":
         place = torch.randint(context, (rows, 1, 1), generator=generator, device=device)
@@ -54,7 +62,7 @@ def make_problem(
         logits.scatter_(1, place.expand(rows, 1, heads), height)
     k = normal(rows, context, 1, head_dim)
     k[..., 0, :heads] = logits
-    q = OFF_AXIS * normal(rows, heads, head_dim)
+    q = off_axis / (head_dim - heads) ** 0.5 * normal(rows, heads, head_dim)
     q[:, :, :heads] = torch.eye(heads, device=device)
     v = normal(rows, context, 1, head_dim) + (name != "cancelling")
     lengths = torch.full((rows,), context, dtype=torch.int32, device=device)

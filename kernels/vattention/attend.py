@@ -24,6 +24,7 @@ from dash_train.kernels.vattention.workspace import (
     Workspace,
 )
 
+STAGES = 3  # of the loop that reads; 3 programs then share an SM and hide each other's loads. 5: each hides its own
 LIST_BLOCK = 256  # tokens whose place in the permutation is computed at once
 
 
@@ -81,7 +82,7 @@ def attend(
         EXTRA=extra,
         SQUARES=config.verify if extra else "none",
         LOG2_E=LOG2_E,
-        STAGES=3,
+        STAGES=STAGES,
         num_warps=4,
     )
 

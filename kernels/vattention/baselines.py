@@ -1,7 +1,7 @@
-"""Other ways to decode, for study: same inputs and report as vattention_decode, in plain torch at reference speed.
+"""Other ways to decode, for study: inputs and report of vattention_decode, in plain torch at reference speed.
 
-None but `full` bounds its error, so their half_width is NaN. Selections are per query head; tokens_read counts the union
-over the group. All of them keep the sink and the window, which are part of `share`.
+None but `full` bounds its error, so their half_width is NaN. All but `full` read sink and window for certain.
+Selections are per query head, but for the sample; tokens_read counts the union over the group.
 """
 
 import torch

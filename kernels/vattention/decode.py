@@ -84,7 +84,7 @@ def vattention_decode(
         seed = torch.full((q.shape[0],), seed, dtype=torch.int64, device=q.device)
 
     check_choice("backend", backend, BACKENDS)
-    obstacle = triton_obstacle(k_cache, v_cache, chunk_size)
+    obstacle = triton_obstacle(k_cache, chunk_size, [k_cache, v_cache, summaries, *(bounds or ())])
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of vattention_decode {obstacle}: use backend='reference'")
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
@@ -107,7 +107,7 @@ def chunk_means(k_cache: Tensor, chunk_size: int) -> Tensor:
     return means
 
 
-def triton_obstacle(k_cache: Tensor, v_cache: Tensor, chunk_size: int) -> str | None:
+def triton_obstacle(k_cache: Tensor, chunk_size: int, rows: list[Tensor | None]) -> str | None:
     """Why the Triton kernels cannot run this call; None if they can."""
     types = {torch.bfloat16, torch.float16, torch.float32} if k_cache.is_cuda else {torch.float16, torch.float32}
     if not k_cache.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -118,6 +118,6 @@ def triton_obstacle(k_cache: Tensor, v_cache: Tensor, chunk_size: int) -> str | 
         return f"needs a head_dim up to 256, not {k_cache.shape[-1]}"
     if chunk_size & (chunk_size - 1):
         return f"needs a chunk_size that is a power of 2, not {chunk_size}"
-    if k_cache.stride(-1) != 1 or v_cache.stride(-1) != 1:
-        return "needs caches whose channels are contiguous"
+    if any(x is not None and x.stride(-1) != 1 for x in rows):
+        return "needs caches, summaries and bounds whose last dimension is contiguous"
     return None

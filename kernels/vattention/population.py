@@ -6,6 +6,7 @@ has no summary and is never ranked. Chunks are masks here, [batch, kv_heads, chu
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class VAttentionConfig:
     @property
     def quantile(self) -> float:
         """z of the two-sided interval that holds 1 - delta of a normal distribution."""
-        return math.sqrt(2) * torch.erfinv(torch.tensor(1 - self.delta, dtype=torch.float64)).item()
+        return NormalDist().inv_cdf(1 - self.delta / 2)
 
 
 class Population(NamedTuple):

@@ -133,7 +133,7 @@ def test_reading_everything_equals_exact_attention(prior, how):
 def test_fallback_is_reported():
     """Values that cancel demand more than half of the tokens."""
     inputs = make_inputs()
-    out, report = decode(inputs._replace(v=inputs.v - 1), epsilon=0.05)
+    _, report = decode(inputs._replace(v=inputs.v - 1), epsilon=0.05)
     assert report.dense_fallback.all() and (report.half_width == 0).all()
     assert report.tokens_read.tolist() == [[700, 700], [333, 333]]
     _, sampled = decode(inputs, epsilon=0.6)
