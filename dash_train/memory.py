@@ -49,11 +49,8 @@ def _states(recipe: Recipe, ranks: int) -> Iterator[str]:
 def _lengths(recipe: Recipe, ranks: int) -> Iterator[str]:
     parallel, model = recipe.parallel, recipe.model
     context = parallel.context
-    enough_heads = parallel.context_method == "gather" or model.kv_heads % (2 * context) == 0
-    if (
-        ranks % (2 * context) == 0
-        and recipe.train.seq % (4 * context * model.attention.chunk_size) == 0
-        and enough_heads
-    ):
+    pieces_are_whole = recipe.train.seq % (4 * context * model.attention.chunk_size) == 0
+    heads_suffice = parallel.context_method == "gather" or model.kv_heads % (2 * context) == 0
+    if ranks % (2 * context) == 0 and pieces_are_whole and heads_suffice:
         yield f"parallel.context: {2 * context} (now {context})"
     yield f"a shorter train.seq (now {recipe.train.seq}), or more GPUs and a larger parallel.context (now {context})"
