@@ -2,8 +2,13 @@
 
 python launch/benchmark.py attention --seq 32768 --heads 32 --kv-heads 2 --density 0.25 --union 1.12
     [--backward] [--json row.json]
+<<<<<<< HEAD
 python launch/benchmark.py train --recipe recipes/1b-128k.yaml --seq 8192,32768,65536,131072 --attention dash,full
     --peer huggingface [--steps 2] [--json rows.json]
+=======
+python launch/benchmark.py decode --batch 8 --context 131072 --heads 32 --kv-heads 8 --density 0.05
+    [--decode full|dash|vattention] [--json row.json]
+>>>>>>> decode
 """
 
 import os
