@@ -6,7 +6,7 @@ EXPORT := exports/quickstart
 # A port nobody listens on: two jobs on DeepSpeed's default port would join each other's ranks.
 FREE_PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: install pretrain test lint docs clean
+.PHONY: install pretrain test test-parallel lint docs clean
 
 install: .venv/installed
 
@@ -23,6 +23,9 @@ pretrain: install  ## tokenizer, training, checkpoint, metrics, figure, export, 
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+
+test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 10 min
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/test_parallel.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Callable
 
 from dash_train.data.errors import DataError
-from dash_train.errors import UserError
+from dash_train.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RankError, UserError
 
-EXIT_USER_ERROR = 2
+logger = logging.getLogger(__name__)
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
@@ -30,10 +30,13 @@ def recipe_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and run `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    """Parse the command line and run `main`; a user's mistake becomes one line on stderr and exit code 2, a lost
+    rank one line and exit code 3."""
     args = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    console = logging.StreamHandler()
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)  # a run keeps every rank's log in files
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
     try:
         main(args)
     except (UserError, DataError, OSError) as error:
@@ -41,6 +44,13 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
             traceback.print_exc()
         print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except RankError as error:
+        logger.error("[rank %d] error: %s", rank, _one_line(error))
+        sys.stdout.flush()
+        os._exit(EXIT_RANK_LOST)  # a clean exit would wait for the lost rank
+    except Exception:
+        logger.exception("[rank %d] failed", rank)
+        sys.exit(1)
 
 
 def _one_line(error: Exception) -> str:

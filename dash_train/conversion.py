@@ -103,10 +103,21 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: str | torch.devic
         UserError: the folder holds no such model.
     """
     config, read_weights = read_folder(folder)
+    return assemble(config, read_weights(), dtype, device, folder)
+
+
+def assemble(
+    config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device, origin: str | Path
+) -> LanguageModel:
+    """A model of weights by state-dict name, without gradients; `origin` is where they come from.
+
+    Raises:
+        UserError: they are not those of the configuration.
+    """
     with torch.device("meta"):
         model = LanguageModel(config)
-    weights = {name: weight.to(device, dtype) for name, weight in read_weights().items()}
-    _check_names(Path(folder), set(weights), set(model.state_dict()))
+    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    _check_names(Path(origin), set(weights), set(model.state_dict()))
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -1,15 +1,46 @@
 """Generation: prompts in, one token a row and step out; or texts in, texts out."""
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dash_train.data.tokenizer import Tokenizer
+from dash_train.decode_report import DecodeReport
+from dash_train.decode_step import DecodeStep
 from dash_train.errors import UserError
-from dash_train.model.cache import Cache
+from dash_train.model.cache import PIECE_SIZE, Cache, Decoding
+from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
+
+
+def choose_decoding(
+    config: ModelConfig,
+    mode: str | None = None,
+    *,
+    epsilon: float = Decoding.epsilon,
+    delta: float = Decoding.delta,
+    verify: str = Decoding.verify,
+) -> Decoding:
+    """How to decode a model: `full`, `dash` or `vattention`; None is `dash` where it has Dash layers, else `full`.
+
+    Raises:
+        UserError: the model cannot be decoded in that way, or a value is none that there is.
+    """
+    has_dash = any(config.attention_type(layer) == "dash" for layer in range(config.layers))
+    mode = mode or ("dash" if has_dash else "full")
+    if mode == "dash" and not has_dash:
+        raise UserError("decode: 'dash' needs a model with Dash layers, all of this one's have full attention")
+    if mode not in ("full", "dash", "vattention") or verify not in ("output", "denominator"):
+        raise UserError(
+            f"expected decode full, dash or vattention and verify output or denominator; found {mode}, {verify}"
+        )
+    if not 0 < epsilon < 1 or not 0 < delta < 1:
+        raise UserError(f"expected epsilon and delta between 0 and 1; found epsilon {epsilon}, delta {delta}")
+    return Decoding(mode, epsilon, delta, verify)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -22,7 +53,10 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
-    use_cache: bool = True,
+    decoding: Decoding | None = None,
+    piece_size: int = PIECE_SIZE,
+    use_graph: bool = True,
+    report: DecodeReport | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue the prompts; yields each step's new tokens, one a row, None for rows that have finished.
 
@@ -31,17 +65,21 @@ def generate(
         max_new_tokens: steps at most; the generation ends before when every row has given `eos_id`.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that together reach this probability.
-        seed: a row's samples depend on it and on the row's index, not on the other rows.
+        seed: a row's samples, of tokens and of keys, depend on it and on the row's index, not on the other rows.
         eos_id: the token that ends a row (it is yielded).
-        use_cache: False runs the model on all tokens at every step, a slow reference for the cached way.
+        decoding: how steps attend (default: every layer in its own way).
+        piece_size: prompts are read in pieces of so many tokens.
+        use_graph: False runs every step eagerly on CUDA too, to the same tokens.
+        report: filled in at the end.
 
     Raises:
         UserError: there is no prompt, one is empty, or a number is out of range.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or seed < 0:
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or seed < 0 or piece_size < 1:
         raise UserError(
-            "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0; found "
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}"
+            "expected max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1, seed >= 0 and piece_size >= 1; found "
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}, seed {seed}, "
+            f"piece_size {piece_size}"
         )
     if not prompts:
         raise UserError("no prompts: expected at least one")
@@ -50,49 +88,48 @@ def generate(
             raise UserError(f"prompt {index} is empty: expected at least one token, such as the tokenizer's <bos>")
     parameter = next(model.parameters())
     generators = [_generator(seed, row, parameter.device) for row in range(len(prompts))]
-    cache = None
-    if use_cache:
-        capacity = max(map(len, prompts)) + max_new_tokens
-        cache = Cache.allocate(model.config, len(prompts), capacity, parameter.dtype, parameter.device)
+    cache = Cache.allocate(
+        model.config,
+        len(prompts),
+        max(map(len, prompts)) + max_new_tokens,
+        parameter.dtype,
+        parameter.device,
+        decoding=decoding,
+        piece_size=piece_size,
+        requests=[_mixed(seed, row, bits=63) for row in range(len(prompts))],
+    )
+    step = DecodeStep(model, cache, use_graph=use_graph)
 
-    rows = [list(prompt) for prompt in prompts]
-    finished = [False] * len(rows)
-    logits = _last_logits(model, rows, cache)
-    for step in range(max_new_tokens):
-        if step:
-            newest = torch.tensor([row[-1:] for row in rows], device=parameter.device)
-            logits = model(newest, cache=cache)["logits"][:, 0] if cache else _last_logits(model, rows, None)
-        tokens = _sample(logits, temperature, top_p, generators)
-        yield [None if done else token for token, done in zip(tokens, finished, strict=True)]
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
-        finished = [done or token == eos_id for token, done in zip(tokens, finished, strict=True)]
-        if all(finished):
-            return
+    started = time.perf_counter()
+    finished = [False] * len(prompts)
+    count = 0
+    logits = read_prompts(model, prompts, cache)
+    tokens = _sample(logits, temperature, top_p, generators)
+    prompts_read = time.perf_counter()
+    for remaining in reversed(range(max_new_tokens)):
+        ids = tokens.tolist()
+        yield [None if done else token for token, done in zip(ids, finished, strict=True)]
+        count += finished.count(False)
+        ended = [done or token == eos_id for token, done in zip(ids, finished, strict=True)]
+        if all(ended) or not remaining:
+            break
+        if ended != finished:
+            finished = ended
+            cache.counted.copy_(torch.tensor([not done for done in finished]))
+        tokens = _sample(step(tokens), temperature, top_p, generators)
+    if report is not None:
+        report.count(cache)
+        report.tokens, report.prompt_seconds = count, prompts_read - started
+        report.seconds = time.perf_counter() - prompts_read
 
 
 def generate_text(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], **options: Any
 ) -> Iterator[tuple[int, str]]:
-    """Continue texts; yields (row, new text) as it comes, never half a character. Arguments as in `generate`."""
+    """Continue texts; yields (row, new text) as it comes, never half a character. Options are those of `generate`."""
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     streams = [TextStream(tokenizer, row) for row in rows]
-    for tokens in generate(
-        model,
-        rows,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_id=tokenizer.eos_id,
-    ):
+    for tokens in generate(model, rows, eos_id=tokenizer.eos_id, **options):
         for row, token in enumerate(tokens):
             if token is not None and (text := streams[row].add(token)):
                 yield row, text
@@ -131,30 +168,36 @@ class TextStream:
         return self.tokenizer.decode(self.before + self.waiting)[len(before) :]
 
 
-def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:
-    """A row's random numbers. The two are mixed into 32 bits, because torch's CPU generator ignores all higher ones."""
-    mixed = np.random.SeedSequence([seed, row]).generate_state(1)
-    return torch.Generator(device).manual_seed(int(mixed[0]))
-
-
-def _last_logits(model: LanguageModel, rows: list[list[int]], cache: Cache | None) -> Tensor:
-    """Logits `[batch, vocab]` after whole rows of any lengths; a cache, if given, is filled with them."""
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    longest = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+@torch.no_grad()
+def read_prompts(model: LanguageModel, prompts: list[list[int]], cache: Cache) -> Tensor:
+    """Fill an empty cache with prompts of any lengths; logits `[batch, vocab]` after each."""
+    device = cache.lengths.device
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     real = torch.arange(longest, device=device) < lengths[:, None]
-    if cache is not None:
-        return model(tokens, real=real, cache=cache)["logits"][:, 0]
-    return model(tokens, real=real)["logits"][torch.arange(len(rows), device=device), lengths - 1]
+    logits = model(tokens, real=real, cache=cache)["logits"][:, 0]
+    cache.totals.zero_()  # the steps' are wanted
+    return logits
 
 
-def _sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> list[int]:
-    """One token a row from the logits `[batch, vocab]`; nucleus sampling (arXiv 1904.09751) when top_p < 1."""
+def _mixed(seed: int, row: int, bits: int) -> int:
+    """A number that depends on both, as a row's own seed."""
+    high, low = np.random.SeedSequence([seed, row]).generate_state(2)
+    return (int(high) << 32 | int(low)) >> (64 - bits)
+
+
+def _generator(seed: int, row: int, device: torch.device) -> torch.Generator:
+    """A row's random numbers. The seed has 32 bits, because torch's CPU generator ignores all higher ones."""
+    return torch.Generator(device).manual_seed(_mixed(seed, row, bits=32))
+
+
+def _sample(logits: Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> Tensor:
+    """A token a row, `[batch]`, from the logits `[batch, vocab]`; nucleus sampling (arXiv 1904.09751) at top_p < 1."""
     if temperature == 0:
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     probabilities, tokens = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # of the likelier tokens together
     probabilities = probabilities.masked_fill(before >= top_p, 0)
     places = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
-    return tokens.gather(1, torch.stack(places)).flatten().tolist()
+    return tokens.gather(1, torch.stack(places)).flatten()

@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dash_train.decode_report import DecodeReport
+from dash_train.generation import choose_decoding
 from dash_train.huggingface_config import DashConfig
 from dash_train.model.attention import Attention
-from dash_train.model.cache import Cache
+from dash_train.model.cache import PIECE_SIZE, Cache
 from dash_train.model.config import ModelConfig
 from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
@@ -20,16 +22,26 @@ from dash_train.model.transformer import Transformer
 
 __all__ = ["DashConfig", "DashForCausalLM"]
 
+# What transformers calls the cache of a model: `cache` of late, `past_key_values` before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class GenerationCache(Cache):
     """Our cache, with what transformers' `generate` asks of one."""
 
     is_compileable = False
+    is_linear = (False,)
     is_croppable = False
 
     def get_seq_length(self) -> int:
         """Tokens in the longest row."""
         return int(self.lengths.max())
+
+    def report(self) -> DecodeReport:
+        """What the steps since the prompts read, and the worst half-width."""
+        report = DecodeReport()
+        report.count(self)
+        return report
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Row i becomes a copy of `rows[i]` (int `[batch]`): beam search goes on with the best beams."""
@@ -37,7 +49,8 @@ class GenerationCache(Cache):
             for tensor in (layer.keys, layer.values, layer.summaries):
                 if tensor is not None:
                     tensor.copy_(tensor[rows])
-        self.lengths.copy_(self.lengths[rows])
+        for per_row in (self.lengths, self.requests):
+            per_row.copy_(per_row[rows])
 
 
 class DashForCausalLM(PreTrainedModel, GenerationMixin):
@@ -62,6 +75,7 @@ class DashForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: GenerationCache | None = None,
         past_key_values: GenerationCache | None = None,
         labels: Tensor | None = None,
         **_: Any,
@@ -71,25 +85,39 @@ class DashForCausalLM(PreTrainedModel, GenerationMixin):
         Padding, wherever `attention_mask` is 0, is moved to the right first: Dash chunks and positions count a row's
         own tokens, so that a row gives the same on either side of its padding and without it.
         """
+        cache = past_key_values if cache is None else cache
         real = order = None
         if attention_mask is not None and attention_mask.shape == input_ids.shape:  # in decoding it is the whole row's
             order = attention_mask.argsort(dim=1, descending=True, stable=True)
             input_ids, real = input_ids.gather(1, order), attention_mask.gather(1, order).bool()
-        hidden, _statistics = self.model(input_ids, real=real, cache=past_key_values)
-        if past_key_values is None and order is not None:
+        hidden, _statistics = self.model(input_ids, real=real, cache=cache)
+        if cache is not None:
+            hidden = cache.last(hidden)
+            if cache.start is not None:
+                cache.totals.zero_()  # the report is on the steps
+        elif order is not None:
             hidden = torch.empty_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
         logits = self.lm_head(hidden)
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], _mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """`generate` asks for its cache here."""
-        if generation_config.use_cache:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs["past_key_values"] = GenerationCache.allocate(
-                self.model.config, rows, max_cache_length, self.dtype, self.device
+        """`generate` asks for its cache here. How to decode stands in the generation config: `decode`, `epsilon`,
+        `delta`, `verify`, `piece_size`."""
+        if generation_config.use_cache is not False:
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            names = ("epsilon", "delta", "verify")
+            options = {name: getattr(generation_config, name) for name in names if hasattr(generation_config, name)}
+            model_kwargs[CACHE] = GenerationCache.allocate(
+                self.model.config,
+                rows,
+                max_cache_length,
+                self.dtype,
+                self.device,
+                decoding=choose_decoding(self.model.config, getattr(generation_config, "decode", None), **options),
+                piece_size=getattr(generation_config, "piece_size", PIECE_SIZE),
             )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_train import checkpoint
 from dash_train.errors import UserError
 from dash_train.model.config import ModelConfig
+from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.transformer import LanguageModel
 from dash_train.recipe import Recipe, merge
 
@@ -29,8 +30,8 @@ class Source:
     """Reads the weights, on the CPU and in the type they were saved in, by state-dict name."""
 
 
-def open_source(path: str | Path) -> Source:
-    """Open what `init.from` names: a run folder, one of its checkpoints, or an exported (Hugging Face) folder.
+def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
+    """Open a run folder, one of its checkpoints, or an exported (Hugging Face) folder; `named_by` begins the error.
 
     Raises:
         UserError: it is none of these.
@@ -47,7 +48,7 @@ def open_source(path: str | Path) -> Source:
 
         config, load = read_folder(path)
         return Source(config, path, load)
-    raise UserError(f"init.from: {path}: expected a run folder, a checkpoint or an exported folder, found none of them")
+    raise UserError(f"{named_by}{path}: expected a run folder, a checkpoint or an exported folder, found none of them")
 
 
 def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Recipe:
@@ -78,9 +79,13 @@ def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Rec
 
 
 def build_model(
-    recipe: Recipe, load: Callable[[], dict[str, Tensor]] | None, deepspeed_config: dict[str, Any]
+    recipe: Recipe,
+    load: Callable[[], dict[str, Tensor]] | None,
+    deepspeed_config: dict[str, Any],
+    context: Context = WHOLE_ROWS,
 ) -> LanguageModel:
-    """The model with its initial weights, drawn from `train.seed` or read by `load`.
+    """The model with its initial weights, drawn from `train.seed` or read by `load`; `context` is the ranks that share
+    its rows.
 
     Under ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
 
@@ -96,6 +101,7 @@ def build_model(
             recipe.model.model_copy(deep=True),
             activation_checkpointing=recipe.train.activation_checkpointing,
             activation_offload=recipe.train.activation_offload,
+            context=context,
         )
     if load is not None:
         _copy_weights(model, load(), str(recipe.init.from_))

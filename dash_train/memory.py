@@ -47,7 +47,13 @@ def _states(recipe: Recipe, ranks: int) -> Iterator[str]:
 
 
 def _lengths(recipe: Recipe, ranks: int) -> Iterator[str]:
-    context = recipe.parallel.context
-    if ranks > context:
+    parallel, model = recipe.parallel, recipe.model
+    context = parallel.context
+    enough_heads = parallel.context_method == "gather" or model.kv_heads % (2 * context) == 0
+    if (
+        ranks % (2 * context) == 0
+        and recipe.train.seq % (4 * context * model.attention.chunk_size) == 0
+        and enough_heads
+    ):
         yield f"parallel.context: {2 * context} (now {context})"
     yield f"a shorter train.seq (now {recipe.train.seq}), or more GPUs and a larger parallel.context (now {context})"

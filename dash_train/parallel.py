@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dash_train.errors import UserError
+from dash_train.model.context import WHOLE_ROWS, Context
+from dash_train.recipe import ParallelConfig
+
 # Long enough for rank 0 to tokenize a large corpus while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 
@@ -54,6 +58,29 @@ def init_world() -> World:
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def join_context(world: World, parallel: ParallelConfig) -> Context:
+    """The group of this rank and the others that share its rows: `parallel.context` consecutive ranks.
+
+    Raises:
+        UserError: the ranks do not divide into such groups.
+    """
+    size = parallel.context
+    if world.size % size:
+        raise UserError(
+            f"parallel.context: {size} ranks share a row, but the run has {world.size}, not a multiple of it"
+        )
+    if size == 1:
+        return WHOLE_ROWS
+    group, _ = dist.new_subgroups(size, timeout=COLLECTIVE_TIMEOUT)
+    return Context(world.rank % size, size, parallel.context_method, group)
+
+
+def shorten_timeouts(seconds: float) -> None:
+    """Let every collective from now on, in any group of this rank, give up after so many seconds."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def free_port() -> int:

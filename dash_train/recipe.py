@@ -58,7 +58,8 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 1
     """Rows that one rank runs at a time."""
     global_batch_size: PositiveInt = 8
-    """Rows of one optimizer step over all ranks; a multiple of micro_batch_size times the number of ranks."""
+    """Rows of one optimizer step over all ranks; a multiple of micro_batch_size times the number of ranks over
+    parallel.context."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model; master weights, moments and gradient accumulation are fp32 either way."""
     activation_checkpointing: ActivationCheckpointing = "none"
@@ -83,8 +84,15 @@ class ParallelConfig(Section):
     """`cpu` keeps master weights and moments in host memory and runs AdamW there; needs zero_stage 1, 2 or 3."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """`cpu` keeps the weights in host memory, too; needs zero_stage 3 and offload_optimizer."""
-    context: Literal[1] = 1
-    """Ranks that share one sequence."""
+    context: PositiveInt = 1
+    """Ranks that share every row, each with an equal part of its tokens; train.seq must be a multiple of
+    2 x context x chunk_size."""
+    context_method: Literal["gather", "ulysses"] = "gather"
+    """What attention exchanges: every rank gathers the keys and values of whole rows, or (`ulysses`) each takes whole
+    rows of some heads, which needs kv_heads to be a multiple of context."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest that one phase of a step (a micro-batch, the optimizer, a checkpoint) may take once the first step is
+    done; with several ranks, a longer one is taken for a hang and ends the run with the name of the rank."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ParallelConfig":
@@ -158,6 +166,18 @@ class Recipe(Section):
         train, chunk_size = self.train, self.model.attention.chunk_size
         if train.seq % chunk_size:
             raise ValueError(f"train.seq ({train.seq}) must be a multiple of model.attention.chunk_size ({chunk_size})")
+        context, kv_heads = self.parallel.context, self.model.kv_heads
+        if context > 1 and train.seq % (2 * context * chunk_size):
+            raise ValueError(
+                f"train.seq ({train.seq}) must be a multiple of 2 x parallel.context ({context}) x "
+                f"model.attention.chunk_size ({chunk_size}) = {2 * context * chunk_size}: each of the {context} ranks "
+                "that share a row holds two pieces of whole chunks"
+            )
+        if self.parallel.context_method == "ulysses" and kv_heads % context:
+            raise ValueError(
+                f"parallel.context_method ulysses needs model.kv_heads ({kv_heads}) to be a multiple of "
+                f"parallel.context ({context}); use gather"
+            )
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
@@ -215,6 +235,17 @@ def merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
             merge(into[key], value)
         else:
             into[key] = value
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from dash_train.checkpoint import TrainState
 from dash_train.errors import UserError
 from dash_train.model.config import ModelConfig
-from dash_train.recipe import Recipe
+from dash_train.recipe import Recipe, flat
 
 SHAPE = (
     "layers",
@@ -42,19 +42,19 @@ def check_resumable(
         UserError: names what differs, both values, and the way out.
     """
     way_out = "set it back, or choose another run_dir (init.from takes over weights alone)"
-    saved, current = _flat(saved_model.model_dump(mode="json")), _flat(model.model_dump(mode="json"))
+    saved, current = flat(saved_model.model_dump(mode="json")), flat(model.model_dump(mode="json"))
     for key in SHAPE:
         if saved[key] != current[key]:
             raise UserError(f"{checkpoint}: model.{key} is {saved[key]} there and {current[key]} here; {way_out}")
-    saved_data, data = _flat(state.fingerprint), _flat(fingerprint)
+    saved_data, data = flat(state.fingerprint), flat(fingerprint)
     for key in sorted(saved_data.keys() | data.keys()):
         if saved_data.get(key) != data.get(key):
             raise UserError(
                 f"{checkpoint}: the data differs: {key} is {saved_data.get(key)} there and {data.get(key)} here; "
                 f"{way_out}"
             )
-    old = _flat(state.recipe)
-    new = _flat(recipe.model_dump(mode="json", by_alias=True))
+    old = flat(state.recipe)
+    new = flat(recipe.model_dump(mode="json", by_alias=True))
     for key in SHARDING:
         if old[key] != new[key]:
             raise UserError(f"{checkpoint}: {key} is {old[key]} there and {new[key]} here; {way_out}")
@@ -67,14 +67,3 @@ def check_resumable(
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             logger.info("resuming with another recipe: %s was %s, is %s", key, old.get(key), new.get(key))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -19,6 +19,7 @@ class RouterGradients:
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.world = world
+        self.context = model.context
         self.layers = [module for module in model.modules() if isinstance(module, Attention)]
         self.q_squares = torch.zeros(len(self.layers), dtype=torch.float64, device=world.device)
         shape = (len(self.layers), model.config.kv_heads, model.config.head_dim)
@@ -53,7 +54,7 @@ class RouterGradients:
         def add(dout: Tensor) -> None:
             dq, dchunk_query = router_gradient(dout, *inputs, **options)
             self.q_squares[index] += dq.double().square().sum()
-            self.chunk_query[index] += dchunk_query
+            self.context.own_heads(self.chunk_query[index]).add_(dchunk_query)
 
         if out.requires_grad:
             out.register_hook(add)

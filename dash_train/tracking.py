@@ -1,7 +1,10 @@
 """What a run tells the world: progress on the terminal, metrics.jsonl, Weights & Biases, and what it ran on."""
 
 import json
+import logging
+import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +19,12 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 
 from dash_train.metrics import MetricsFile
+from dash_train.parallel import World
 from dash_train.recipe import Recipe
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "liger-kernel")
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -87,6 +93,24 @@ def training_line(values: dict[str, Any], steps: int, eta: float) -> str:
     )
 
 
+def log_to_file(run_dir: Path, world: World) -> Path:
+    """Keep what this rank logs in a file of its own, and say there where it runs; returns the file."""
+    path = run_dir / "logs" / f"rank-{world.rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.set_name("rank log")
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if handler.get_name() == "rank log"]:
+        root.removeHandler(old)
+        old.close()
+    root.addHandler(handler)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    place = f"rank {world.rank} of {world.size}, process {os.getpid()} on {socket.gethostname()}, {device}"
+    handler.handle(logger.makeRecord(__name__, logging.INFO, __file__, 0, place, (), None))
+    return path
+
+
 def write_environment(run_dir: Path) -> None:
     """Write what the run runs on: package versions, git hash, Python, device, command line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -96,7 +120,7 @@ def write_environment(run_dir: Path) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": package_versions(),
     }
     (run_dir / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -118,6 +142,11 @@ def _git_hash() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of what a run computes with."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

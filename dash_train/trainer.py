@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_train import checkpoint
+from dash_train.agreement import check_agreement
 from dash_train.checkpoint import TrainState
 from dash_train.data.loader import IGNORE, RowDataset, StepBatch, step_batches, validation_batches
 from dash_train.data.prepare import prepare
@@ -22,7 +24,7 @@ from dash_train.errors import UserError
 from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.memory import naming_the_lever
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
-from dash_train.parallel import barrier, init_world, max_over_ranks, sum_over_ranks
+from dash_train.parallel import barrier, init_world, join_context, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
 from dash_train.profiler import StepProfiler
 from dash_train.recipe import Recipe
@@ -32,7 +34,8 @@ from dash_train.schedule import lr_factor
 from dash_train.signals import StopFlag
 from dash_train.throughput import Throughput
 from dash_train.totals import Totals
-from dash_train.tracking import Tracker, write_environment
+from dash_train.tracking import Tracker, log_to_file, write_environment
+from dash_train.watchdog import Watchdog
 
 CALIBRATION_TOKENS = 16384  # `routing_scale: auto` looks at about so many, but at no more than the first batch
 
@@ -48,7 +51,12 @@ class Trainer:
         self.world = init_world()
         self.device = self.world.device
         self.stop = StopFlag()
-        self._check_world()
+        check_agreement(recipe)
+        log = log_to_file(self.run_dir, self.world)
+        self.watchdog = Watchdog(self.world, recipe.parallel.timeout_seconds, log)
+        self.context = join_context(self.world, recipe.parallel)
+        self.readers = self.world.size // self.context.size  # data-parallel ranks
+        self._check_batch()
 
         resumed = checkpoint.newest(self.run_dir / "checkpoints")
         source = open_source(recipe.init.from_) if recipe.init.from_ else None
@@ -62,7 +70,7 @@ class Trainer:
         self.deepspeed_config = deepspeed_config(recipe)
         load = source.load if source and not resumed else None
         with naming_the_lever(recipe, self.world.size, building=True):
-            model = build_model(recipe, load, self.deepspeed_config)
+            model = build_model(recipe, load, self.deepspeed_config, self.context)
             self.model_config = model.config
             self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
@@ -87,14 +95,15 @@ class Trainer:
             self.training_rows,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.rank // self.context.size,
+            world=self.readers,
             start_step=self.step,
         )
         with (
             closing(batches),
             closing(profiler),
             closing(tracker) if tracker else nullcontext(),
+            self.watchdog,
             naming_the_lever(self.recipe, self.world.size),
         ):
             if self.step == 0:
@@ -119,25 +128,31 @@ class Trainer:
 
     def train_step(self, batches: Iterator[StepBatch]) -> dict[str, Any]:
         """One optimizer step. The gradient is that of the mean loss over all counted tokens of the global batch."""
+        enter = partial(self.watchdog.enter, self.step + 1)
+        enter("loading data")
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
-        counts = [int((micro["labels"] != IGNORE).sum()) for micro in batch.micro_batches]
+        counts = [int((self.context.share(micro["labels"]) != IGNORE).sum()) for micro in batch.micro_batches]
         step_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=self.device)).clamp(min=1)
 
         totals = Totals(self.model_config.layers, self.model_config.kv_heads, self.device)
         for micro, tokens in zip(batch.micro_batches, counts, strict=True):
+            enter("forward")
             outputs = self.engine(**self._to_device(micro))
             # DeepSpeed averages gradients over the ranks; the loss is a sum over tokens.
+            enter("backward")
             self.engine.backward(outputs["loss"] * (self.world.size / step_tokens), scale_wrt_gas=False)
             totals.add(outputs, tokens)
+        enter("optimizer")
         lr = self.recipe.optimizer.lr * lr_factor(self.step, self.recipe.train.steps, self.recipe.schedule)
         set_lr(self.engine, lr)
         self.engine.step()
         totals.reduce()
 
         self.step += 1
-        counted = int(step_tokens.item())
+        counted = int(step_tokens.item())  # waits for the device: the step is done
+        self.watchdog.arm()
         self.tokens += counted
         self._watch_nonfinite()
         layers = totals.per_layer()
@@ -165,11 +180,13 @@ class Trainer:
         for micro in validation_batches(
             self.validation_rows,
             micro_batch_size=self.recipe.train.micro_batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.rank // self.context.size,
+            world=self.readers,
             limit_rows=self.recipe.train.validation_rows,
         ):
-            labels = micro["labels"][micro["labels"] != IGNORE]
+            self.watchdog.enter(self.step, "validation")
+            labels = self.context.share(micro["labels"])
+            labels = labels[labels != IGNORE]
             totals.add(self.engine(**self._to_device(micro)), labels.numel(), int(self.token_bytes[labels].sum()))
         totals.reduce()
         self.engine.train()
@@ -186,6 +203,7 @@ class Trainer:
 
     def save(self, tracker: Tracker | None) -> None:
         """Write a checkpoint of this step."""
+        self.watchdog.enter(self.step, "checkpoint")
         state = TrainState(
             step=self.step,
             tokens=self.tokens,
@@ -201,12 +219,13 @@ class Trainer:
         if tracker:
             tracker.say(f"step {self.step}: saved {saved}")
 
-    def _check_world(self) -> None:
-        train, ranks = self.recipe.train, self.world.size
-        if train.global_batch_size % (train.micro_batch_size * ranks):
+    def _check_batch(self) -> None:
+        train = self.recipe.train
+        if train.global_batch_size % (train.micro_batch_size * self.readers):
+            shared = f" over parallel.context ({self.context.size})" if self.context.size > 1 else ""
             raise UserError(
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
-                f"({train.micro_batch_size}) times the number of ranks ({ranks})"
+                f"({train.micro_batch_size}) times the number of ranks ({self.world.size}){shared}"
             )
 
     def _prepare_data(self, source: Source | None) -> Path:
@@ -283,15 +302,16 @@ class Trainer:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _announce(self) -> None:
-        train, ranks = self.recipe.train, self.world.size
+        train, shared = self.recipe.train, self.context.size
         logger.info(
-            "%s parameters; a step is %d rows of %d tokens: %d rank(s) x %d micro-batch(es) of %d; rows are %.1f %% "
+            "%s parameters; a step is %d rows of %d tokens: %d rank(s)%s x %d micro-batch(es) of %d; rows are %.1f %% "
             "full; step %d of %d",
             f"{self.throughput.parameters:,}",
             train.global_batch_size,
             train.seq,
-            ranks,
-            train.global_batch_size // (ranks * train.micro_batch_size),
+            self.world.size,
+            f", {shared} to a row," if shared > 1 else "",
+            train.global_batch_size // (self.readers * train.micro_batch_size),
             train.micro_batch_size,
             100 * self.training_rows.fill(),
             self.step,

@@ -2,24 +2,23 @@
 
 python launch/benchmark.py attention --seq 32768 --heads 32 --kv-heads 2 --density 0.25 --union 1.12
     [--backward] [--json row.json]
-<<<<<<< HEAD
 python launch/benchmark.py train --recipe recipes/1b-128k.yaml --seq 8192,32768,65536,131072 --attention dash,full
     --peer huggingface [--steps 2] [--json rows.json]
-=======
 python launch/benchmark.py decode --batch 8 --context 131072 --heads 32 --kv-heads 8 --density 0.05
     [--decode full|dash|vattention] [--json row.json]
->>>>>>> decode
+python launch/benchmark.py step --batch 8 --context 131072 --density 0.05 [--json row.json]
+python launch/benchmark.py coverage [--captured FILE [--model EXPORT --text FILE]] [--json coverage.json]
 """
 
 import os
 from argparse import Namespace
 from pathlib import Path
 
-from dash_train.benchmark import attention, decode, train
+from dash_train.benchmark import attention, coverage, decode, step, train
 from dash_train.benchmark.report import write_json
 from dash_train.command import command_parser, run_command
 
-BENCHMARKS = {"attention": attention, "decode": decode, "train": train}
+BENCHMARKS = {"attention": attention, "coverage": coverage, "decode": decode, "step": step, "train": train}
 
 
 def main(args: Namespace) -> None:

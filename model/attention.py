@@ -6,15 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dash_train.kernels.dash import (
-    chunk_summaries,
-    dash_attention,
-    dash_decode,
-    find_routing_scale,
-    update_summaries,
-)
-from dash_train.model.cache import LayerCache
+from dash_train.kernels.dash import chunk_summaries, dash_attention, find_routing_scale, update_summaries
+from dash_train.model.cache import Cache
 from dash_train.model.config import ModelConfig
+from dash_train.model.context import WHOLE_ROWS, Context
+from dash_train.model.decoding import attend_step
 from dash_train.model.full_attention import BlockMask, full_attention
 from dash_train.model.fused import RMSNorm, apply_rotary
 from dash_train.model.layers import Linear
@@ -33,6 +29,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
+        self.layer = layer
         self.attention_type = config.attention_type(layer)
         self.routing_scale = config.routing_scale(layer)
         self.calibrate_to: float | None = None
@@ -62,51 +59,77 @@ class Attention(nn.Module):
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention output `[batch, seq, hidden_size]` and STATISTICS `[5]` fp32 (zeros but for Dash layers).
+        cache: Cache | None = None,
+        context: Context = WHOLE_ROWS,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention output `[batch, seq, hidden_size]`, and STATISTICS `[5]` fp32 (zeros but for Dash layers).
 
         `mask` is full attention's, None where causality is all; `real` only says which tokens the statistics count.
+        Where `context` shares the rows among ranks, `hidden` and the output are this rank's share, `document_starts`
+        those of whole rows, `mask` and `real` those of the queries that attend here.
+        With a cache, which is filled and counts for itself, there are no statistics, documents, masks or shares.
         """
-        q, k, v = self._queries_keys_values(hidden, rotary)
-        statistics = hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
-        if cache is not None and hidden.shape[1] == 1:
-            out = self._decode(q, k, v, mask, cache)
+        q, k, v = self.queries_keys_values(hidden, rotary, context)
+        statistics = None
+        if cache is not None:
+            out = self._step(q, k, v, cache) if cache.start is None else self._prompt(q, k, v, real, cache)
         elif self.attention_type == "full":
-            out = full_attention(q, k, v, mask)
+            out = full_attention(q, k, v, mask, context.query_starts(k.shape[1]))
+            statistics = hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
         else:
-            out, statistics = self._dash_attention(q, k, v, document_starts, real)
-        if cache is not None and hidden.shape[1] > 1:
-            self._store_prompt(k, v, cache)
-        return self.o_proj(out.flatten(2)), statistics
+            out, statistics = self._dash_attention(q, k, v, document_starts, real, context)
+        return self.o_proj(context.return_outputs(out).flatten(2)), statistics
 
-    def _queries_keys_values(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated."""
-        q, k, v = (
-            projection(hidden).unflatten(-1, (-1, self.config.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def queries_keys_values(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: Context = WHOLE_ROWS
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[batch, seq, heads, head_dim]` and k, v `[batch, seq, kv_heads, head_dim]`; q and k rotated.
+
+        Values come first: they travel between ranks while queries and keys are made.
+        """
+        sent_v = context.send_keys(self._heads(self.v_proj, hidden))
+        q, k = self._heads(self.q_proj, hidden), self._heads(self.k_proj, hidden)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return *apply_rotary(q, k, *rotary), v
+        q, k = apply_rotary(q, k, *rotary)
+        sent_k, sent_q = context.send_keys(k), context.send_queries(q)
+        return sent_q.receive(), sent_k.receive(), sent_v.receive()
+
+    def _heads(self, projection: Linear, hidden: Tensor) -> Tensor:
+        return projection(hidden).unflatten(-1, (-1, self.config.head_dim))
 
     def _dash_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None, real: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        document_starts: Tensor | None,
+        real: Tensor | None,
+        context: Context,
     ) -> tuple[Tensor, Tensor]:
+        chunk_query = context.own_heads(self.chunk_query)
+        query_starts = context.query_starts(k.shape[1])
         if self.calibrate_to is not None:
             self.routing_scale = find_routing_scale(
                 q,
                 k,
-                self.chunk_query,
+                chunk_query,
                 self.calibrate_to,
                 chunk_size=self.config.attention.chunk_size,
                 document_starts=document_starts,
+                query_starts=query_starts,
                 real=real,
+                add_up=context.add_up,
             )
-        options = {"document_starts": document_starts, "backend": self.config.attention.backend, **self._routing()}
-        out, stats = dash_attention(q, k, v, self.chunk_query, return_stats=True, **options)
+        options = {
+            "document_starts": document_starts,
+            "query_starts": query_starts,
+            "backend": self.config.attention.backend,
+            **self._routing(),
+        }
+        out, stats = dash_attention(q, k, v, chunk_query, return_stats=True, **options)
         if self.watch is not None:
-            self.watch((q, k, v, self.chunk_query, out), options)
+            self.watch((q, k, v, chunk_query, out), options)
         return out, torch.stack(stats.summary(real)).float()
 
     def _routing(self) -> dict[str, Any]:
@@ -119,21 +142,49 @@ class Attention(nn.Module):
             "prior_temperature": attention.prior_temperature,
         }
 
-    def _store_prompt(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
-        cache.keys[:, : k.shape[1]] = k
-        cache.values[:, : v.shape[1]] = v
-        if cache.summaries is not None:
-            summaries = chunk_summaries(k, self.chunk_query, chunk_size=self.config.attention.chunk_size)
-            cache.summaries[:, : summaries.shape[1]] = summaries
+    def _prompt(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, cache: Cache) -> Tensor:
+        """Attention of a piece of the prompts, after its keys and values have joined those of the pieces before."""
+        assert cache.start is not None
+        memory, start, stop = cache.layers[self.layer], cache.start, cache.start + q.shape[1]
+        memory.keys[:, start:stop] = k
+        memory.values[:, start:stop] = v
+        keys, values = memory.keys[:, :stop], memory.values[:, :stop]
+        if memory.summaries is not None:
+            chunk_size = self.config.attention.chunk_size
+            new = chunk_summaries(k, self._summary_query(k), chunk_size=chunk_size)
+            memory.summaries[:, start // chunk_size : stop // chunk_size] = new
+        if self.attention_type == "full" or cache.decoding.mode == "full":
+            return full_attention(q, keys, values, None, (start,))
+        out, stats = dash_attention(
+            q,
+            keys,
+            values,
+            self.chunk_query,
+            query_starts=(start,),
+            backend=self.config.attention.backend,
+            return_stats=True,
+            **self._routing(),
+        )
+        totals = stats.summary(real)
+        cache.count_routing(self.layer, totals.active, totals.eligible)
+        return out
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, cache: LayerCache) -> Tensor:
-        """Store the new token's key and value, `[batch, 1, kv_heads, head_dim]`, and attend to all of the row."""
-        row = torch.arange(len(k), device=k.device)
-        cache.keys[row, cache.lengths - 1] = k[:, 0]
-        cache.values[row, cache.lengths - 1] = v[:, 0]
-        if cache.summaries is None:
-            return full_attention(q, cache.keys, cache.values, mask)
-        chunk_size = self.config.attention.chunk_size
-        update_summaries(cache.keys, cache.summaries, cache.lengths, self.chunk_query, chunk_size=chunk_size)
-        out = dash_decode(q[:, 0], cache.keys, cache.values, cache.summaries, cache.lengths, **self._routing())
-        return out[:, None]
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+        """Attention of one token a row, `[batch, 1, heads, head_dim]`, after its key and value have been stored."""
+        memory = cache.layers[self.layer]
+        memory.keys.flatten(0, 1).index_copy_(0, cache.slots, k[:, 0])
+        memory.values.flatten(0, 1).index_copy_(0, cache.slots, v[:, 0])
+        if memory.summaries is not None:
+            update_summaries(
+                memory.keys,
+                memory.summaries,
+                cache.lengths,
+                self._summary_query(k),
+                chunk_size=self.config.attention.chunk_size,
+            )
+        routing = self._routing() if self.attention_type == "dash" else None
+        return attend_step(q[:, 0], cache, self.layer, routing)[:, None]
+
+    def _summary_query(self, k: Tensor) -> Tensor:
+        """The query of the chunk summaries, `[kv_heads, head_dim]`; full attention's are mean keys."""
+        return self.chunk_query if self.attention_type == "dash" else k.new_zeros(k.shape[2:])

@@ -1,12 +1,34 @@
-"""The KV cache of a batch of rows, each with its own length."""
+"""The KV cache of a batch of rows, each with its own length, and what decoding over it did."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from dash_train.model.config import ModelConfig
+
+DecodeMode = Literal["full", "dash", "vattention"]
+PIECE_SIZE = 8192
+TOTALS = ("read", "population", "fallbacks", "decoded", "half_width")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a layer attends over a cache."""
+
+    mode: DecodeMode = "dash"
+    """`dash`: every layer's own attention. `full`: softmax attention to all tokens in every layer, prompts included: on
+    a Dash model a baseline for studies, since its router is ignored. `vattention`: prompts as in `dash`, then sampled
+    steps: full-attention layers from all tokens, Dash layers from the routed chunks with their priors."""
+    epsilon: float = 0.05
+    """vattention: the relative error that is allowed, from 0 to 1."""
+    delta: float = 0.05
+    """vattention: how often it may be exceeded, per head, layer and step."""
+    verify: Literal["output", "denominator"] = "output"
+    """vattention: what the error is measured on."""
 
 
 @dataclass(frozen=True)
@@ -15,37 +37,75 @@ class LayerCache:
 
     keys: Tensor  # [batch, capacity, kv_heads, head_dim], rotated
     values: Tensor  # [batch, capacity, kv_heads, head_dim]
-    summaries: Tensor | None  # [batch, capacity / chunk_size, kv_heads, head_dim] fp32; Dash layers only
-    lengths: Tensor  # [batch] int32, shared by all layers; the tokens of the forward in progress are included
+    summaries: Tensor | None  # [batch, capacity / chunk_size, kv_heads, head_dim] fp32; where decoding looks at them
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cache:
-    """The caches of all layers, which `LanguageModel.forward` fills: with the prompts, then token by token."""
+    """The caches of all layers, which `LanguageModel.forward` fills: with the prompts, then token by token.
+
+    All that changes from step to step is a tensor changed in place, so that a step can be a CUDA graph.
+    """
 
     layers: list[LayerCache]
-    lengths: Tensor  # [batch] int32
+    lengths: Tensor  # [batch] int32; in a step its token is included
+    slots: Tensor  # [batch] int64: where the step's token stands when batch and capacity are one dimension
+    requests: Tensor  # [batch] int64, the seeds of the rows
+    counted: Tensor  # [batch] fp64: 0 for a row that shall not count in `totals`, such as one that has ended
+    totals: Tensor  # [layers, TOTALS] fp64, of all forwards since it was last zeroed
+    decoding: Decoding
+    piece_size: int  # prompt tokens that go through the model together
+    start: int | None = None  # during a forward: the position of its first token; None in a step
+    seeds: Tensor | None = None  # [layers, batch] int64, of the step in progress (vattention)
+    measures_routing: bool = True  # whether dash steps count in `totals`: they have to route a second time for it
 
     @classmethod
-    def allocate(cls, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Self:
-        """An empty cache for `capacity` tokens a row, rounded up to whole chunks."""
-        chunks = -(-capacity // config.attention.chunk_size)
-        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+    def allocate(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        decoding: Decoding | None = None,
+        piece_size: int = PIECE_SIZE,
+        requests: list[int] | None = None,
+    ) -> Self:
+        """An empty cache for `capacity` tokens a row, rounded up to whole chunks.
+
+        Args:
+            decoding: how to attend (default: each layer in its own way).
+            piece_size: prompts are read in pieces of so many tokens, rounded up to whole chunks.
+            requests: a seed below 2^63 for each row (default: 0, 1, ...); its samples depend on no other row.
+        """
+        decoding = decoding or Decoding()
+        chunk_size = config.attention.chunk_size
+        chunks = -(-capacity // chunk_size)
 
         def zeros(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, rows, config.kv_heads, config.head_dim, dtype=dtype, device=device)
 
+        def has_summaries(layer: int) -> bool:
+            own = decoding.mode == "dash" and config.attention_type(layer) == "dash"
+            return own or decoding.mode == "vattention"
+
         return cls(
             layers=[
                 LayerCache(
-                    keys=zeros(chunks * config.attention.chunk_size, dtype),
-                    values=zeros(chunks * config.attention.chunk_size, dtype),
-                    summaries=zeros(chunks, torch.float32) if config.attention_type(layer) == "dash" else None,
-                    lengths=lengths,
+                    keys=zeros(chunks * chunk_size, dtype),
+                    values=zeros(chunks * chunk_size, dtype),
+                    summaries=zeros(chunks, torch.float32) if has_summaries(layer) else None,
                 )
                 for layer in range(config.layers)
             ],
-            lengths=lengths,
+            lengths=torch.zeros(batch, dtype=torch.int32, device=device),
+            slots=torch.zeros(batch, dtype=torch.int64, device=device),
+            requests=torch.tensor(requests or list(range(batch)), device=device),
+            counted=torch.ones(batch, dtype=torch.float64, device=device),
+            totals=torch.zeros(config.layers, len(TOTALS), dtype=torch.float64, device=device),
+            decoding=decoding,
+            piece_size=-(-piece_size // chunk_size) * chunk_size,
         )
 
     @property
@@ -53,11 +113,57 @@ class Cache:
         """Tokens a row can hold."""
         return self.layers[0].keys.shape[1]
 
-    def advance(self, seq: int, real: Tensor | None) -> None:
-        """Count the tokens of a forward of `seq` tokens a row: one more, or the real ones of the prompts."""
-        if seq == 1:
-            self.lengths.add_(1)
-        elif real is None:
-            self.lengths.fill_(seq)
+    def pieces(self, tokens: Tensor, real: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tokens, positions and `real` of the forwards that tokens `[batch, seq]` take, each announced to the layers.
+
+        One token a row is a step, which every row takes at its own length; more are the prompts, into an empty cache.
+        """
+        if tokens.shape[1] == 1:
+            self._begin_step()
+            yield tokens, self.lengths[:, None] - 1, None
+            return
+        for start in range(0, tokens.shape[1], self.piece_size):
+            self.start = start
+            piece = tokens[:, start : start + self.piece_size]
+            positions = torch.arange(start, start + piece.shape[1], device=tokens.device)[None]
+            yield piece, positions, None if real is None else real[:, start : start + self.piece_size]
+        if real is None:
+            self.lengths.fill_(tokens.shape[1])
         else:
             self.lengths.copy_(real.sum(1))
+
+    def _begin_step(self) -> None:
+        """Room for one more token a row."""
+        self.start = None
+        self.lengths.add_(1)
+        rows = torch.arange(len(self.lengths), device=self.lengths.device) * self.capacity
+        torch.add(rows, self.lengths - 1, out=self.slots)
+        if self.decoding.mode == "vattention":
+            layers = torch.arange(len(self.layers), device=self.lengths.device)
+            self.seeds = _mix(_mix(self.requests + _mix(layers)[:, None]) + self.lengths)
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """Of the hidden states `[batch, seq, hidden_size]` just computed, those of each row's last real token."""
+        if hidden.shape[1] == 1:
+            return hidden
+        return hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1][:, None]
+
+    def count_routing(self, layer: int, active: Tensor, eligible: Tensor) -> None:
+        """Add chunks routed to and chunks eligible (0-dim) to a layer's totals."""
+        self.totals[layer, :2] += torch.stack((active, eligible))
+
+    def count_samples(self, layer: int, read: Tensor, density: Tensor, half_width: Tensor, fallback: Tensor) -> None:
+        """Add one vattention step, the fields of its report (`[batch, kv_heads or heads]`), to a layer's totals."""
+        read = read.double()
+        per_row = (read, read / density, fallback.double(), torch.ones_like(read))
+        self.totals[layer, :4] += torch.stack([(counts.sum(1) * self.counted).sum() for counts in per_row])
+        worst = half_width.amax(1).masked_fill(self.counted == 0, 0).amax()
+        self.totals[layer, 4] = torch.maximum(self.totals[layer, 4], worst)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scatter int64 values over [0, 2^63): the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = x * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return (x ^ ((x >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF

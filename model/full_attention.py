@@ -4,6 +4,7 @@ On CUDA no [seq, seq] mask is ever held. Rows that are one document go through o
 cuDNN's on Hopper; packed documents go through FlexAttention, which skips blocks that nobody sees.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -22,47 +23,57 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Softmax attention of q `[batch, seq, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, query_starts: tuple[int, ...] = (0,)
+) -> Tensor:
+    """Softmax attention of q `[batch, q_len, heads, head_dim]` over k, v `[batch, keys, kv_heads, head_dim]`.
 
-    `mask` says who is seen: that of `document_mask` or `cache_mask`; None is plain causality.
+    `mask` says who is seen, that of `document_mask`; None is plain causality. q is as many equal pieces as
+    `query_starts` names positions of the row, piece i from query_starts[i] on; default the whole row.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
         out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
-    elif mask is None and q.is_cuda:
-        out = _fused_causal_attention(q, k, v)
+    elif mask is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        pieces = q.chunk(len(query_starts), dim=2)
+        out = torch.cat([_causal(piece, k, v, start) for piece, start in zip(pieces, query_starts, strict=True)], dim=2)
     return out.transpose(1, 2)
 
 
-def _fused_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.dtype == torch.float32:  # the one kernel for it knows no groups in every version of torch
+def _causal(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Queries of the positions from `start` on see the keys up to their own; sequences in dimension 2."""
+    seen = start + q.shape[2]
+    k, v = k[:, :, :seen], v[:, :, :seen]
+    if q.is_cuda and q.dtype == torch.float32:  # the one kernel for it knows no groups in every version of torch
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    with sdpa_kernel(FUSED, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+    causality: dict[str, Any] = {"is_causal": True}
+    if start:
+        from torch.nn.attention.bias import causal_lower_right  # imports triton, which takes a while
+
+        # A mask that is not a tensor: on CUDA it selects FlashAttention's causality from the last query and key back.
+        causality = {"attn_mask": causal_lower_right(q.shape[2], seen)}
+    with sdpa_kernel(FUSED, set_priority=True) if q.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **causality, enable_gqa=k.shape[1] < q.shape[1])
 
 
-def document_mask(document_starts: Tensor) -> Tensor | BlockMask | None:
+def document_mask(document_starts: Tensor, positions: Tensor) -> Tensor | BlockMask | None:
     """Who sees whom in packed rows, from `[batch, seq]`: no later token, none before one's own document.
 
-    None where every row is one document; else a bool `[batch, 1, seq, seq]` on the CPU, FlexAttention's block mask on
-    CUDA. To tell which, the host waits for the device: once a forward pass, before its first block.
+    `positions` `[q_len]` says where in the row the queries stand. None where every row is one document; else a bool
+    `[batch, 1, q_len, seq]` on the CPU, FlexAttention's block mask on CUDA. To tell which, the host waits for the
+    device: once a forward pass, before its first block.
     """
     if not document_starts.any():
         return None
     batch, seq = document_starts.shape
+    starts = document_starts[:, positions]
     if document_starts.is_cuda:
 
         def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (key >= document_starts[row, query])
+            return (key <= positions[query]) & (key >= starts[row, query])
 
-        return create_block_mask(sees, batch, None, seq, seq, device="cuda", _compile=True)
-    index = torch.arange(seq)
-    return ((index <= index[:, None]) & (index >= document_starts[..., None]))[:, None]
-
-
-def cache_mask(lengths: Tensor, capacity: int) -> Tensor:
-    """The cached tokens of rows of `lengths` `[batch]`, bool `[batch, 1, 1, capacity]`."""
-    return (torch.arange(capacity, device=lengths.device) < lengths[:, None])[:, None, None]
+        return create_block_mask(sees, batch, None, len(positions), seq, device="cuda", _compile=True)
+    key = torch.arange(seq)
+    return ((key <= positions[:, None]) & (key >= starts[..., None]))[:, None]

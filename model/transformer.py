@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dash_train.model.attention import STATISTICS, Attention
-from dash_train.model.cache import Cache, LayerCache
+from dash_train.model.cache import Cache
 from dash_train.model.checkpointing import run_block
 from dash_train.model.config import ActivationCheckpointing, ModelConfig
-from dash_train.model.full_attention import BlockMask, cache_mask, document_mask
+from dash_train.model.context import WHOLE_ROWS, Context
+from dash_train.model.full_attention import BlockMask, document_mask
 from dash_train.model.fused import RMSNorm, swiglu
 from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
@@ -54,11 +55,12 @@ class Block(nn.Module):
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
         mask: Tensor | BlockMask | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics."""
+        cache: Cache | None = None,
+        context: Context = WHOLE_ROWS,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics (None with a cache)."""
         normed = self.input_layernorm(hidden)
-        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache)
+        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
         hidden = hidden + attended
         del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
         return self._add_mlp_in_pieces(hidden), statistics
@@ -104,35 +106,51 @@ class Transformer(nn.Module):
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        context: Context = WHOLE_ROWS,
+    ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32.
 
-        With a cache, only the hidden state of each row's last real token, `[batch, 1, hidden_size]`.
+        Where `context` shares the rows among ranks, those of this rank's tokens. With a cache, prompts are read piece
+        by piece, and there are no statistics.
         """
+        if cache is not None:
+            pieces = cache.pieces(tokens, real)
+            return self.norm(torch.cat([self._blocks(*piece, cache=cache)[0] for piece in pieces], 1)), None
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask: Tensor | BlockMask | None = None
         if document_starts is not None:
+            if self.has_full_layers:
+                mask = document_mask(document_starts, context.at_queries(positions)[0])
             positions = positions - document_starts
-            mask = document_mask(document_starts) if self.has_full_layers else None
-        if cache is not None:
-            cache.advance(tokens.shape[1], real)
-            if tokens.shape[1] == 1:
-                positions = cache.lengths[:, None] - 1
-                mask = cache_mask(cache.lengths, cache.capacity)
-        rotary = rotary_tables(positions, self.config)
+        if real is not None:
+            real = context.at_queries(real)
+        hidden, statistics = self._blocks(
+            context.share(tokens), context.share(positions), real, document_starts, mask, context=context
+        )
+        return self.norm(hidden), torch.stack(statistics)
 
+    def _blocks(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        real: Tensor | None,
+        document_starts: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        cache: Cache | None = None,
+        context: Context = WHOLE_ROWS,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states after the last block, and each block's statistics."""
+        rotary = rotary_tables(positions, self.config)
         hidden = self.embed_tokens(tokens)
         offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
         statistics = []
         for index, block in enumerate(self.layers):
-            inputs = (hidden, rotary, document_starts, real, mask, cache and cache.layers[index])
+            inputs = (hidden, rotary, document_starts, real, mask, cache, context)
             is_last = index == len(self.layers) - 1  # the backward pass begins with it: its input stays
             with offload.of(hidden) if offload and not is_last else nullcontext():
                 hidden, layer_statistics = run_block(block, inputs, self.activation_checkpointing)
             statistics.append(layer_statistics)
-        if cache is not None and tokens.shape[1] > 1:
-            hidden = hidden[torch.arange(len(tokens), device=tokens.device), cache.lengths - 1][:, None]
-        return self.norm(hidden), torch.stack(statistics)
+        return hidden, statistics
 
 
 class LanguageModel(nn.Module):
@@ -142,6 +160,7 @@ class LanguageModel(nn.Module):
         config: its shape; `vocab_size` must be a number.
         activation_checkpointing: what each block keeps for the backward pass (see `checkpointing.py`).
         activation_offload: the kept inputs of the blocks wait in host memory; needs checkpointing.
+        context: the ranks that share each row in a forward with labels; without labels every rank runs whole rows.
     """
 
     def __init__(
@@ -150,9 +169,11 @@ class LanguageModel(nn.Module):
         *,
         activation_checkpointing: ActivationCheckpointing = "none",
         activation_offload: bool = False,
+        context: Context = WHOLE_ROWS,
     ) -> None:
         super().__init__()
         self.config = config
+        self.context = context
         self.model = Transformer(config, activation_checkpointing, activation_offload)
         self.lm_head = LanguageModelHead(config.hidden_size, self.model.embed_tokens.num_embeddings, config.init_std)
         if config.tie_embeddings:
@@ -183,17 +204,23 @@ class LanguageModel(nn.Module):
                 chunk size; None when every row is one document.
             real: `[batch, seq]` bool, False for padding, which no statistic counts; None when there is none.
             cache: filled in place: by the whole prompts (`real` False on the right where a row is shorter) when it is
-                empty, then by one token a row.
+                empty, then by one token a row. It counts for itself what its layers attended to.
 
         Returns:
             Without labels, `logits` `[batch, seq, vocab]`, or `[batch, 1, vocab]`, those of each row's last real
             token, with a cache. With labels, `loss`, the sum of the counted tokens'
-            cross-entropies (fp32, 0-dim); `token_losses` `[batch, seq]` fp32; and per layer `[layers]` fp32
-            `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for full attention).
+            cross-entropies (fp32, 0-dim); `token_losses` `[batch, seq]` fp32; and, without a cache, per layer
+            `[layers]` fp32 `active_chunks`, `eligible_chunks`, `union_chunks`, `union_active`, `residual` (zeros for
+            full attention).
+            Where ranks share the rows, all ranks pass whole rows and each returns what its own tokens add to these
+            sums (`token_losses` `[batch, seq / size]`: `context.share` of them all).
         """
-        hidden, statistics = self.model(tokens, document_starts, real, cache)
+        context = WHOLE_ROWS if labels is None or cache is not None else self.context
+        hidden, statistics = self.model(tokens, document_starts, real, cache, context)
         if labels is None:
-            return {"logits": self.lm_head(hidden)}
-        loss, token_losses = self.lm_head(hidden, labels)
+            return {"logits": self.lm_head(hidden if cache is None else cache.last(hidden))}
+        loss, token_losses = self.lm_head(hidden, context.share(labels))
+        if statistics is None:
+            return {"loss": loss, "token_losses": token_losses}
         by_name = dict(zip(STATISTICS, statistics.unbind(1), strict=True))
         return {"loss": loss, "token_losses": token_losses, **by_name}

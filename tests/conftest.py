@@ -10,7 +10,11 @@ import torch
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
 
-ATTENTION = {"full": {"type": "full"}, "dash": {"type": "dash", "routing_scale": 8.0}}
+ATTENTION: dict[str, Any] = {
+    "full": {"type": "full"},
+    "dash": {"type": "dash", "routing_scale": 8.0},
+    "mixed": {"type": ["full", "dash"], "routing_scale": 8.0},
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dash_train.conversion import load_model
 from dash_train.errors import UserError
 from dash_train.generation import generate
+from dash_train.huggingface import CACHE
+from dash_train.model.cache import Decoding
 from dash_train.model.config import RopeScaling
 from dash_train.model.transformer import LanguageModel
 
@@ -78,6 +80,23 @@ def test_transformers_generates_what_we_do(tiny_model: Build, tmp_path: Path) ->
         for cached in (True, False)
     ]
     assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("mode", ["full", "vattention"])
+def test_transformers_decodes_in_other_ways(mode: str, tiny_model: Build, tmp_path: Path) -> None:
+    """As the generation config says, to the tokens of ours; ragged prompts, padded on the left."""
+    model = tiny_model("dash")
+    theirs = from_huggingface(export_folder(model, tmp_path))
+    short, long = torch.randint(4, 64, (20,)), torch.randint(4, 64, (40,))
+    tokens = torch.stack([torch.cat([torch.zeros(20, dtype=torch.long), short]), long])
+    mask = torch.ones_like(tokens)
+    mask[0, :20] = 0
+    theirs.generation_config.update(decode=mode, epsilon=0.1, piece_size=16, allow_custom_entries=True)
+    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, do_sample=False)
+    ours = generate(model, [short.tolist(), long.tolist()], max_new_tokens=12, decoding=Decoding(mode))
+    assert torch.equal(out.sequences[:, 40:], torch.tensor(list(ours)).T)
+    report = out[CACHE].report()
+    assert (report.decode, report.half_width) == (mode, 0.0 if mode == "vattention" else None)
 
 
 def test_transformers_padding_does_not_change_logits(tiny_model: Build, tmp_path: Path) -> None:

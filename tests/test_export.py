@@ -43,11 +43,25 @@ def test_a_run_is_exported_and_generates(
     capsys.readouterr()
     launch = Path(__file__).parents[1] / "launch"
     command(monkeypatch, launch / "generate.py", out, "--prompt", "import ", "--max-new-tokens", 4)
-    streamed = capsys.readouterr().out
+    streamed, _, report = capsys.readouterr().out.rpartition("dash: 4 tokens, ")
     (tmp_path / "prompts").write_text("import \ndef ")
     command(monkeypatch, launch / "generate.py", out, "--prompts-file", tmp_path / "prompts", "--max-new-tokens", 4)
     assert streamed.startswith("import ")
+    assert " tokens/s, everything read" in report  # all of it in the own chunk
     assert capsys.readouterr().out.startswith(f"[0] {streamed}[1] def ")
+
+    options = ("--decode", "vattention", "--epsilon", 0.05, "--delta", 0.05, "--max-new-tokens", 4)
+    for model in (out, run):
+        command(monkeypatch, launch / "generate.py", model, "--prompt", "def ", *options)
+        text, _, report = capsys.readouterr().out.rpartition("vattention: 4 tokens, ")
+        assert text.startswith("def ")
+        assert "density 1.000, worst half-width 0.000, 0.0 % dense fallbacks" in report
+    with pytest.raises(SystemExit):
+        command(monkeypatch, launch / "generate.py", out, "--prompt", "def ", *options[:3], 2)
+    assert "error: expected epsilon and delta between 0 and 1; found epsilon 2.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(monkeypatch, launch / "generate.py", tmp_path, "--prompt", "def ")
+    assert "expected a run folder, a checkpoint or an exported folder" in capsys.readouterr().err
 
     with pytest.raises(SystemExit):
         command(monkeypatch, launch / "export.py", run, out)

@@ -1,9 +1,12 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
+import torch
 
+from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
-from dash_train.generation import TextStream, generate
+from dash_train.generation import TextStream, choose_decoding, generate, read_prompts
+from dash_train.model.cache import Cache, Decoding
 from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
@@ -11,15 +14,108 @@ Build = Callable[..., LanguageModel]
 PROMPTS = [[1, 2, 3], list(range(30)), [5] * 47, [9]]
 
 
-@pytest.mark.parametrize("attention", ["full", "dash"])
-def test_cache_changes_nothing(attention: str, tiny_model: Build) -> None:
-    """Ragged prompts, over several chunk boundaries (the chunk is 16)."""
+def assert_greedy(model: LanguageModel, prompts: list[list[int]], generated: list[list[int]]) -> None:
+    """Every row's tokens are those that the model's own full forward finds likeliest, but for ties."""
+    for prompt, tokens in zip(prompts, generated, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens]))["logits"][0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() < 1e-4
+
+
+def rows(steps: Iterable[list[int | None]]) -> list[list[int | None]]:
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("piece_size", [16, 8192])
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+def test_decoding_gives_the_full_forwards_tokens(attention: str, piece_size: int, tiny_model: Build) -> None:
+    """Ragged prompts, in one piece and in several, over several chunk boundaries (the chunk is 16)."""
     model = tiny_model(attention)
-    cached, plain = (
-        list(generate(model, PROMPTS, max_new_tokens=36, use_cache=use_cache)) for use_cache in (True, False)
-    )
-    assert cached == plain
-    assert len(cached) == 36
+    generated = rows(generate(model, PROMPTS, max_new_tokens=36, piece_size=piece_size))
+    assert [len(row) for row in generated] == [36] * 4
+    assert_greedy(model, PROMPTS, generated)
+
+
+@pytest.mark.parametrize("mode", ["full", "dash", "vattention"])
+def test_pieces_of_a_prompt_add_up(mode: str, tiny_model: Build) -> None:
+    """The cache and the last logits after prompts in pieces of 16, 32 and all at once."""
+    model = tiny_model("mixed")
+    caches, logits = [], []
+    for piece_size in (1, 32, 8192):
+        cache = Cache.allocate(
+            model.config, 4, 60, torch.float32, torch.device("cpu"), decoding=Decoding(mode), piece_size=piece_size
+        )
+        logits.append(read_prompts(model, PROMPTS, cache))
+        caches.append(cache)
+    for cache, last in zip(caches[:2], logits[:2], strict=True):
+        torch.testing.assert_close(last, logits[2])
+        for one, whole in zip(cache.layers, caches[2].layers, strict=True):
+            torch.testing.assert_close(one.keys, whole.keys)
+            torch.testing.assert_close(one.summaries, whole.summaries)
+
+
+def test_full_ignores_the_router(tiny_model: Build) -> None:
+    """A Dash model decoded in full is the full-attention model with its weights."""
+    model, plain = tiny_model("dash"), tiny_model("full")
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if not name.endswith("chunk_query")})
+    generated = rows(generate(model, PROMPTS, max_new_tokens=20, decoding=Decoding("full")))
+    assert_greedy(plain, PROMPTS, generated)
+
+
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+def test_vattention_that_reads_everything_is_exact(attention: str, tiny_model: Build) -> None:
+    """Contexts that fit into sink and window leave nothing to a sample."""
+    model, report = tiny_model(attention), DecodeReport()
+    decoding = Decoding("vattention", epsilon=0.01)
+    generated = rows(generate(model, PROMPTS, max_new_tokens=36, decoding=decoding, report=report))
+    assert_greedy(model, PROMPTS, generated)
+    assert (report.density, report.half_width, report.fallbacks) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("attention", ["full", "dash"])
+def test_vattention_samples(attention: str, tiny_model: Build) -> None:
+    """A long prompt: less than everything is read, within the bound; a row's sample is its own."""
+    model, report = tiny_model(attention), DecodeReport()
+    for layer in model.model.layers:
+        layer.self_attn.routing_scale = 1e-3  # routes to nearly all chunks
+    torch.manual_seed(1)
+    long, longer = torch.randint(64, (2, 3000)).tolist()
+    options: dict = {"max_new_tokens": 4, "decoding": Decoding("vattention", 0.3, 0.2, "denominator")}
+    both = rows(generate(model, [long, longer[:2500]], report=report, **options))
+    assert report.decode == "vattention"
+    assert 0.1 < report.density < 0.9
+    assert 0 < report.half_width < 0.35
+    assert report.fallbacks < 0.5
+    assert report.tokens == 8
+    assert rows(generate(model, [long], **options)) == both[:1]
+
+
+def test_seeds_fold_request_layer_and_step(tiny_model: Build) -> None:
+    model = tiny_model("full")
+    seen = []
+    for requests in ([5, 6], [6, 5]):
+        cache = Cache.allocate(
+            model.config, 2, 20, torch.float32, torch.device("cpu"), decoding=Decoding("vattention"), requests=requests
+        )
+        read_prompts(model, [[1, 2], [3]], cache)
+        for _ in range(3):
+            model(torch.tensor([[1], [2]]), cache=cache)
+            seen.append(cache.seeds)
+    # Requests 5 and 6 at lengths 3, 4, 5 and 2, 3, 4, then the other way round: at 2, 3, 4 and 5 each, in two layers.
+    assert len(torch.stack(seen).unique()) == 2 * 4 * 2
+    assert all((seeds >= 0).all() for seeds in seen)
+
+
+def test_the_report_counts_what_is_routed(tiny_model: Build) -> None:
+    report = DecodeReport()
+    list(generate(tiny_model("dash"), [list(range(60)), [1] * 40], max_new_tokens=2, report=report))
+    assert 0 < report.density <= 1
+    assert report.half_width is None
+    assert report.tokens == 4
+    assert "density 0." in str(report) or "density 1.000" in str(report)
+    list(generate(tiny_model("full"), [[1]], max_new_tokens=2, report=(full := DecodeReport())))
+    assert "everything read" in str(full)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -56,6 +152,21 @@ def test_rows_end_at_eos(tiny_model: Build) -> None:
 def test_numbers_out_of_range_are_refused(wrong: dict, tiny_model: Build) -> None:
     with pytest.raises(UserError, match=f"found .*{next(iter(wrong))}"):
         list(generate(tiny_model(), [[1]], **{"max_new_tokens": 1, **wrong}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "dash"}, "needs a model with Dash layers"),
+        ({"mode": "sparse"}, "expected decode full, dash or vattention .* found sparse"),
+        ({"verify": "both"}, "found full, both"),
+        ({"epsilon": 1.0}, "found epsilon 1.0"),
+        ({"delta": 0.0}, "delta 0.0"),
+    ],
+)
+def test_unknown_ways_to_decode_are_refused(wrong: dict, message: str, tiny_model: Build) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_decoding(tiny_model("full").config, **wrong)
 
 
 def test_an_empty_prompt_is_refused(tiny_model: Build) -> None:

@@ -27,17 +27,22 @@ def whole_run(tmp_path_factory, corpus):
     return lines(folder / "run")
 
 
-@pytest.mark.parametrize(("stage", "checkpointing"), [(1, "none"), (3, "selective")])
-def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage, checkpointing):
+@pytest.mark.parametrize(
+    ("stage", "context", "checkpointing"), [(1, 1, "none"), (3, 1, "selective"), (3, 2, "selective")]
+)
+def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage, context, checkpointing):
     partition = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    changes = {"parallel__zero_stage": stage, "train__activation_checkpointing": checkpointing, "deepspeed": partition}
+    changes = {"train__activation_checkpointing": checkpointing, "deepspeed": partition}
+    changes["parallel"] = {"zero_stage": stage, "context": context}
     recipe = write_recipe(tmp_path / "recipe.yaml", corpus, **changes)
     result = run("pretrain.py", recipe, ranks=2)
     assert result.returncode == 0, result.stderr
     two = lines(tmp_path / "run")
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in whole_run], abs=1e-4)
-    assert [line["rows_hash"] for line in two] == [line["rows_hash"] for line in whole_run]
+    for one_line, line in zip(whole_run, two, strict=True):
+        assert line["density"] == pytest.approx(one_line["density"], abs=2e-3)
+        assert (line["rows_hash"], line["tokens"]) == (one_line["rows_hash"], one_line["tokens"])
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, corpus, whole_run):

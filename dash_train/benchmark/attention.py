@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dash_train.benchmark.context import context_row
 from dash_train.benchmark.timing import extra_memory, kernel_times, milliseconds
 from dash_train.errors import UserError
 from dash_train.kernels.dash import dash_attention
@@ -19,6 +21,7 @@ from dash_train.kernels.dash.routing_counts import routing_counts
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.tiles import Lists, Segment, Shape, new_lists
+from dash_train.parallel import init_world
 
 STAGES = ("summaries", "routing", "lists", "attention")
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -60,8 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float | str]:
-    """The row of `launch/benchmark.py attention`."""
+    """The row of `launch/benchmark.py attention`; with several ranks, of a row that they share."""
     case = AttentionCase(**{field.name: getattr(args, field.name) for field in fields(AttentionCase)})
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        world = init_world()
+        inputs = make_inputs(case)
+        shared = context_row(world, inputs.q, inputs.k, inputs.v, inputs.chunk_query, inputs.config)
+        return {"density": inputs.density, "union": inputs.union, **shared}
     peers = {} if args.no_peers else PEERS
     return backward_row(case, peers) if args.backward else forward_row(case, peers)
 

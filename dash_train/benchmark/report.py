@@ -11,7 +11,7 @@ NOT_ARGUMENTS = ("json", "debug", "local_rank")
 def write_json(path: Path, args: Namespace, result: dict[str, Any]) -> None:
     """Write the command's arguments and its result."""
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_ARGUMENTS}
-    path.write_text(json.dumps({"arguments": arguments, **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"arguments": arguments, **result}, indent=2, default=str) + "\n")
 
 
 def markdown_table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:

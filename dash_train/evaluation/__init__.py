@@ -1,1 +1,5 @@
-"""Quality of a trained model: a task is one file, `launch/evaluate.py` runs them."""
+"""What a trained model is good for, by one way of decoding; one file a task.
+
+A task is a module with `add_arguments(parser)`, `run(subject, args) -> result` (what goes into JSON), `table(result)`
+(for rich) and `draw(result, figure)` (matplotlib); tasks.py lists them.
+"""

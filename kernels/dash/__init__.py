@@ -2,6 +2,7 @@
 
 from dash_train.kernels.dash.attention import dash_attention
 from dash_train.kernels.dash.decode import chunk_summaries, dash_decode, update_summaries
+from dash_train.kernels.dash.prior import decode_prior
 from dash_train.kernels.dash.router_gradient import router_gradient
 from dash_train.kernels.dash.routing_scale import find_routing_scale, routing_density
 from dash_train.kernels.dash.stats import DashStats, RoutingTotals
@@ -12,6 +13,7 @@ __all__ = [
     "chunk_summaries",
     "dash_attention",
     "dash_decode",
+    "decode_prior",
     "find_routing_scale",
     "router_gradient",
     "routing_density",

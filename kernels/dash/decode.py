@@ -58,7 +58,7 @@ def update_summaries(
     check_cache(k_cache, summaries, lengths, chunk_size)
     check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
     check_choice("backend", backend, BACKENDS)
-    if _use_triton("update_summaries", backend, k_cache, (k_cache, summaries), chunk_size):
+    if use_triton("update_summaries", backend, k_cache, (k_cache, summaries), chunk_size):
         from dash_train.kernels.dash.summaries import update_chunk_summaries  # triton, which only this backend needs
 
         return update_chunk_summaries(k_cache, summaries, lengths.contiguous(), chunk_query, chunk_size)
@@ -115,7 +115,7 @@ def dash_decode(
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_choice("backend", backend, BACKENDS)
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
-    if _use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size):
+    if use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size):
         from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
         from dash_train.kernels.dash.decode_routing import route_newest
 
@@ -149,7 +149,7 @@ def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size:
     check_shape("lengths", lengths, batch=batch)
 
 
-def _use_triton(function: str, backend: str, q: Tensor, tensors: tuple[Tensor, ...], chunk_size: int) -> bool:
+def use_triton(function: str, backend: str, q: Tensor, tensors: tuple[Tensor, ...], chunk_size: int) -> bool:
     """Whether Triton computes it: q has the call's type, and the last dimension of `tensors` must be contiguous."""
     obstacle = triton_obstacle(q, chunk_size)
     if not obstacle and any(tensor.stride(-1) != 1 for tensor in tensors):

@@ -3,6 +3,8 @@
 The backward pass adds it to the rest of dq; only here is it seen alone. chunk_query has no other gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,12 @@ def router_gradient(
     prior_normalizer: str = "geometric_mean",
     prior_temperature: float = 1.0,
     document_starts: Tensor | None = None,
+    query_starts: tuple[int, ...] = (0,),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q through the router alone (fp32, or float64 of a float64 q) and of chunk_query.
 
-    dout is the gradient of dash_attention's output; everything else as there, with q_len = seq. Costs a forward and a
+    dout is the gradient of dash_attention's output; everything else as there. Costs a forward and a
     backward pass of the same backend.
     """
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
@@ -36,7 +39,7 @@ def router_gradient(
     q, k, v, chunk_query = (t.detach() for t in (q, k, v, chunk_query))
     obstacle = triton_obstacle(q, chunk_size)
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        return _by_triton(dout, q, k, v, chunk_query, config, document_starts)
+        return _by_triton(dout, q, k, v, chunk_query, config, document_starts, query_starts)
     with torch.enable_grad():
         router_q = (q if q.dtype == torch.float64 else q.float()).clone().requires_grad_()
         chunk_query.requires_grad_()
@@ -47,7 +50,7 @@ def router_gradient(
             chunk_query,
             config=config,
             document_starts=document_starts,
-            query_starts=(0,),
+            query_starts=query_starts,
             support=None,
             router_q=router_q,
         )
@@ -57,14 +60,21 @@ def router_gradient(
 
 @torch.no_grad()
 def _by_triton(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, config: DashConfig, document_starts: Tensor
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    config: DashConfig,
+    document_starts: Tensor,
+    query_starts: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     from dash_train.kernels.dash.backward import dash_backward  # triton, which only this backend needs
     from dash_train.kernels.dash.forward import dash_forward
 
     dout, q, k, v = (t.contiguous() for t in (dout, q, k, v))
     inputs = (q, k, v, chunk_query)
-    options: dict[str, Any] = {"config": config, "query_starts": (0,)}
+    options: dict[str, Any] = {"config": config, "query_starts": query_starts}
     forward = dash_forward(*inputs, **options, document_starts=document_starts)
     dq = torch.zeros_like(q, dtype=torch.float32)
     saved = (forward.out, forward.lse, forward.kept)

@@ -10,17 +10,23 @@ from dash_train.kernels.dash.tiles import new_lists, shape_of
 
 
 def routing_counts(
-    q: Tensor, k: Tensor, chunk_query: Tensor, *, config: DashConfig, document_starts: Tensor
+    q: Tensor,
+    k: Tensor,
+    chunk_query: Tensor,
+    *,
+    config: DashConfig,
+    document_starts: Tensor,
+    query_starts: tuple[int, ...] = (0,),
 ) -> tuple[Tensor, Tensor]:
-    """|R(t)| `[batch, kv_heads, seq]` and |union of R(t)| over each tile `[batch, kv_heads, tiles]`, both int32.
+    """|R(t)| `[batch, kv_heads, q_len]` and |union of R(t)| over each tile `[batch, kv_heads, tiles]`, both int32.
 
-    q, k, chunk_query as in dash_attention with q_len = seq; document_starts [batch or 1, seq].
+    q, k, chunk_query and query_starts as in dash_attention; document_starts [batch or 1, seq].
     """
     q, k = q.contiguous(), k.contiguous()
     shape = shape_of(q, k, config.chunk_size)
     _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
-    routing, prior = new_routing(shape, 1, q.device), new_prior(shape, q.device)
-    for segment, lists in new_lists(shape, (0,), q.device):
+    routing, prior = new_routing(shape, len(query_starts), q.device), new_prior(shape, q.device)
+    for segment, lists in new_lists(shape, query_starts, q.device):
         route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
         list_segment(config, shape, segment, lists, routing, prior)
     return prior.active_chunks, routing.union_chunks

@@ -1,5 +1,7 @@
 """Finding the routing scale at which a layer's density is a given number: `routing_scale: auto`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,43 +22,54 @@ def routing_density(
     routing_scale: float,
     chunk_size: int = 64,
     document_starts: Tensor | None = None,
+    query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
+    add_up: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> float:
     """The density at one routing scale: routed over eligible (token, chunk) pairs, without stage 2.
 
-    q, k, chunk_query, chunk_size and document_starts are those of dash_attention with q_len = seq. `real` (bool
-    [batch, seq], default all) marks the tokens that count. Returns 0 when nothing is eligible. Waits for the device.
+    q, k, chunk_query, chunk_size, document_starts and query_starts are those of dash_attention. `real` (bool
+    [batch, q_len], default all) marks the queries that count. Where other processes hold more queries or heads of the
+    same rows, `add_up` sums counts (int64 [2]) over them. Returns 0 when nothing is eligible. Waits for the device.
     """
-    batch, seq, _, _ = q.shape
+    batch, q_len, _, _ = q.shape
     if document_starts is None:
-        document_starts = torch.zeros(1, seq, dtype=torch.int32, device=q.device)
+        document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
     if real is None:
-        real = torch.ones(1, seq, dtype=torch.bool, device=q.device)
+        real = torch.ones(1, q_len, dtype=torch.bool, device=q.device)
     config = DashConfig(chunk_size, routing_scale, "peak", 1.0)
+    piece = q_len // len(query_starts)
+    positions = torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts])
+    starts = document_starts[:, positions]
     if q.is_cuda and not triton_obstacle(q, chunk_size):
         from dash_train.kernels.dash.routing_counts import routing_counts  # triton, which only CUDA needs
 
-        active, _ = routing_counts(q, k, chunk_query, config=config, document_starts=document_starts)
+        active, _ = routing_counts(
+            q, k, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
+        )
     else:
-        active = _active_chunks(q, k, chunk_query, config, document_starts)
-    positions = torch.arange(seq, device=q.device)
-    eligible = (positions // chunk_size - document_starts // chunk_size) * real
+        active = _active_chunks(q, k, chunk_query, config, positions, starts)
+    eligible = (positions // chunk_size - starts // chunk_size) * real
     pairs = eligible.expand(batch, -1).sum() * k.shape[2]
-    return ((active * real[:, None]).sum().double() / pairs.clamp(min=1)).item()
+    active, pairs = add_up(torch.stack([(active * real[:, None]).sum(), pairs]))
+    return (active.double() / pairs.clamp(min=1)).item()
 
 
-def _active_chunks(q: Tensor, k: Tensor, chunk_query: Tensor, config: DashConfig, document_starts: Tensor) -> Tensor:
-    """|R(t)| int64 [batch, kv_heads, seq] in plain torch, block of rows by block."""
-    batch, seq, heads, _ = q.shape
+def _active_chunks(
+    q: Tensor, k: Tensor, chunk_query: Tensor, config: DashConfig, positions: Tensor, starts: Tensor
+) -> Tensor:
+    """|R(t)| int64 [batch, kv_heads, q_len] in plain torch, block of rows by block.
+
+    positions [q_len] are the queries', starts [batch or 1, q_len] where their documents begin.
+    """
+    batch, q_len, heads, _ = q.shape
     grouped_q = group_heads(q, k.shape[2])
     summaries = summarize(whole_chunks(k, config.chunk_size), chunk_query, config.chunk_size)
-    positions = torch.arange(seq, device=q.device)[None]
     size = max(1, SCORES_PER_BLOCK // (batch * heads * summaries.shape[2]))
     active = []
-    for low in range(0, seq, size):
+    for low in range(0, q_len, size):
         rows = slice(low, low + size)
-        starts = document_starts[:, rows]
-        eligible = eligible_chunks(positions[:, rows], starts, summaries.shape[2], config.chunk_size)
+        eligible = eligible_chunks(positions[None, rows], starts[:, rows], summaries.shape[2], config.chunk_size)
         active.append(route(grouped_q[:, :, :, rows], summaries, eligible, config.routing_scale).routed.sum(-1))
     return torch.cat(active, -1)
 
@@ -69,7 +82,9 @@ def find_routing_scale(
     *,
     chunk_size: int = 64,
     document_starts: Tensor | None = None,
+    query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
+    add_up: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> float:
     """The smallest routing scale, from 2^-6 to 2^12, whose density on this batch is at most `target`.
 
@@ -89,7 +104,9 @@ def find_routing_scale(
             routing_scale=scale,
             chunk_size=chunk_size,
             document_starts=document_starts,
+            query_starts=query_starts,
             real=real,
+            add_up=add_up,
         )
 
     low, high = SCALES

@@ -1,1 +1,9 @@
-"""vAttention (arXiv 2510.05688): sparse decoding attention with a verified (epsilon, delta) error bound."""
+"""vAttention (arXiv 2510.05688): sparse decoding attention with a verified (epsilon, delta) error bound.
+
+See docs/kernels.md.
+"""
+
+from dash_train.kernels.vattention.decode import vattention_decode
+from dash_train.kernels.vattention.reference import VAttentionReport
+
+__all__ = ["VAttentionReport", "vattention_decode"]

@@ -25,7 +25,7 @@ from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import update_chunk_summaries
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 OPTIONS = {"num_warps", "num_stages"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

@@ -1,0 +1,32 @@
+"""The options by which a command's user says how to decode."""
+
+import argparse
+
+from dash_train.generation import choose_decoding
+from dash_train.model.cache import PIECE_SIZE, Decoding
+from dash_train.model.config import ModelConfig
+
+
+def add_decode_options(parser: argparse.ArgumentParser) -> None:
+    """--decode and what goes with it."""
+    parser.add_argument(
+        "--decode",
+        choices=("full", "dash", "vattention"),
+        help="full: attend to everything, whatever a router says; dash: as the model was trained; vattention: read a "
+        "sample, with an error bound (default: dash for models with Dash layers, else full)",
+    )
+    parser.add_argument("--epsilon", type=float, default=Decoding.epsilon, help="vattention's error (default: 0.05)")
+    parser.add_argument(
+        "--delta", type=float, default=Decoding.delta, help="how often it may be exceeded (default: 0.05)"
+    )
+    parser.add_argument(
+        "--verify", choices=("output", "denominator"), default=Decoding.verify, help="of what (default: output)"
+    )
+    parser.add_argument(
+        "--piece-size", type=int, default=PIECE_SIZE, help="tokens of a prompt read together (default: 8192)"
+    )
+
+
+def decoding_of(args: argparse.Namespace, config: ModelConfig) -> Decoding:
+    """What the options ask for."""
+    return choose_decoding(config, args.decode, epsilon=args.epsilon, delta=args.delta, verify=args.verify)

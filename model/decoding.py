@@ -1,0 +1,56 @@
+"""Attention of one new token a row over a cache, in each of the ways there are to decode."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dash_train.kernels.dash import dash_decode, decode_prior
+from dash_train.kernels.full import full_decode
+from dash_train.kernels.vattention import vattention_decode
+from dash_train.model.cache import Cache
+
+
+def attend_step(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None) -> Tensor:
+    """Attention of q `[batch, heads, head_dim]` over a layer's cache, in which its own key and value already stand.
+
+    `routing` is how the layer routes, keywords of dash_decode; None in a full-attention layer.
+    """
+    mode = cache.decoding.mode
+    if mode == "vattention":
+        return _sampled(q, cache, layer, routing)
+    if mode == "full" or routing is None:
+        return full_decode(q, cache.layers[layer].keys, cache.layers[layer].values, cache.lengths)
+    return _routed(q, cache, layer, routing)
+
+
+def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Tensor:
+    memory = cache.layers[layer]
+    assert memory.summaries is not None
+    if cache.measures_routing:
+        kv_heads = memory.keys.shape[2]
+        prior = decode_prior(q, memory.summaries, cache.lengths, **routing)
+        active = prior.isfinite().sum((1, 2)) - kv_heads  # without the own chunk
+        eligible = (cache.lengths - 1) // routing["chunk_size"] * kv_heads
+        cache.count_routing(layer, (active * cache.counted).sum(), (eligible * cache.counted).sum())
+    return dash_decode(q, memory.keys, memory.values, memory.summaries, cache.lengths, **routing)
+
+
+def _sampled(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None) -> Tensor:
+    memory, decoding = cache.layers[layer], cache.decoding
+    assert memory.summaries is not None and cache.seeds is not None
+    prior = None if routing is None else decode_prior(q, memory.summaries, cache.lengths, **routing)
+    out, report = vattention_decode(
+        q,
+        memory.keys,
+        memory.values,
+        cache.lengths,
+        epsilon=decoding.epsilon,
+        delta=decoding.delta,
+        verify=decoding.verify,
+        summaries=memory.summaries,
+        chunk_bias=prior,
+        seed=cache.seeds[layer],
+        chunk_size=memory.keys.shape[1] // memory.summaries.shape[1],
+    )
+    cache.count_samples(layer, report.tokens_read, report.density, report.half_width, report.dense_fallback)
+    return out

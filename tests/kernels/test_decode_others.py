@@ -1,0 +1,85 @@
+"""What stands beside dash_decode: its prior by itself, and full attention over the same cache."""
+
+import pytest
+import torch
+
+from dash_train.kernels.dash import chunk_summaries, dash_decode, decode_prior
+from dash_train.kernels.full import full_decode
+
+CHUNK, CAPACITY = 16, 150
+LENGTHS = torch.tensor([1, 16, 77, 150], dtype=torch.int32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(heads: int = 6, kv_heads: int = 2, head_dim: int = 16):
+    q = torch.randn(4, heads, head_dim)
+    k, v = torch.randn(2, 4, CAPACITY, kv_heads, head_dim)
+    summaries = torch.full((4, -(-CAPACITY // CHUNK), kv_heads, head_dim), torch.nan)
+    summaries[:, : CAPACITY // CHUNK] = chunk_summaries(k, torch.randn(kv_heads, head_dim), chunk_size=CHUNK)
+    return tuple(t.to(DEVICE) for t in (q, k, v, summaries, LENGTHS))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("prior_normalizer", ["geometric_mean", "none", "peak"])
+def test_attention_with_the_prior_is_dash_decode(prior_normalizer: str, backend: str) -> None:
+    q, k, v, summaries, lengths = inputs()
+    options = {
+        "chunk_size": CHUNK,
+        "routing_scale": 4.0,
+        "prior_normalizer": prior_normalizer,
+        "prior_temperature": 1.5,
+    }
+    prior = decode_prior(q, summaries, lengths, backend=backend, **options)
+    assert prior.shape == (4, 2, 10)
+    own = (lengths.long() - 1) // CHUNK
+    assert (prior[torch.arange(4), :, own] == 0).all()
+    bias = prior.repeat_interleave(CHUNK, -1)[..., :CAPACITY]
+    bias = bias.masked_fill(torch.arange(CAPACITY, device=DEVICE) >= lengths[:, None, None], -torch.inf)
+    logits = torch.einsum("bhgd,bkhd->bhgk", q.unflatten(1, (2, 3)), k) / 4 + bias[:, :, None]
+    out = torch.einsum("bhgk,bkhd->bhgd", logits.softmax(-1), v).flatten(1, 2)
+    expected = dash_decode(q, k, v, summaries, lengths, backend="reference", **options)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (16, 1)])
+def test_full_decode_is_softmax_attention_to_what_is_written(heads: int, kv_heads: int, backend: str) -> None:
+    q, k, v, _, lengths = inputs(heads, kv_heads)
+    for row, length in enumerate(LENGTHS.tolist()):
+        k[row, length:], v[row, length:] = 1e4, 1e4  # a cache's rest means nothing, but is finite
+    out = full_decode(q, k, v, lengths, backend=backend)
+    for row, length in enumerate(LENGTHS.tolist()):
+        logits = torch.einsum("hgd,khd->hgk", q[row].unflatten(0, (kv_heads, -1)), k[row, :length]) / 4
+        expected = torch.einsum("hgk,khd->hgd", logits.softmax(-1), v[row, :length]).flatten(0, 1)
+        torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q", {"q": torch.zeros(4, 5, 16)}),
+        ("k_cache", {"k_cache": torch.zeros(4, CAPACITY, 2, 8)}),
+        ("v_cache", {"v_cache": torch.zeros(4, CAPACITY, 2, 16).double()}),
+        ("lengths", {"lengths": torch.ones(3)}),
+        ("backend", {"backend": "cuda"}),
+    ],
+)
+def test_full_decode_names_the_argument(name: str, changes: dict) -> None:
+    q, k, v, _, lengths = (t.cpu() for t in inputs())
+    with pytest.raises(ValueError, match=rf"^{name} .*expected"):
+        full_decode(**{"q": q, "k_cache": k, "v_cache": v, "lengths": lengths, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q", {"q": torch.zeros(4, 16)}),
+        ("summaries", {"summaries": torch.zeros(4, 10, 2, 8)}),
+        ("lengths", {"lengths": torch.ones(3)}),
+        ("prior_normalizer", {"prior_normalizer": "mean"}),
+    ],
+)
+def test_decode_prior_names_the_argument(name: str, changes: dict) -> None:
+    q, _, _, summaries, lengths = (t.cpu() for t in inputs())
+    with pytest.raises(ValueError, match=rf"^{name} .*expected"):
+        decode_prior(**{"q": q, "summaries": summaries, "lengths": lengths, "chunk_size": CHUNK, **changes})
