@@ -1,4 +1,5 @@
 import pytest
+from ranks import run_on_ranks
 from tiny_runs import write_recipe
 
 from dash_train.metrics import read_metrics
@@ -32,3 +33,16 @@ def test_norms_are_logged_and_do_not_depend_on_how_the_step_is_cut(tmp_path, cor
     for one, other in zip(whole, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("method", ["gather", "ulysses"])
+def test_norms_do_not_depend_on_how_many_ranks_share_a_row(tmp_path, corpus, method):
+    whole = run(tmp_path / "whole", corpus, train__steps=2)
+    run_on_ranks(2, run_shared, tmp_path / "shared", corpus, method)
+    shared = read_metrics(tmp_path / "shared" / "run")[0]
+    for key in KEYS:
+        assert shared[-1][key][0] == pytest.approx(whole[-1][key][0], rel=1e-3)
+
+
+def run_shared(_rank, folder, corpus, method):
+    run(folder, corpus, train__steps=2, parallel={"context": 2, "context_method": method, "zero_stage": 1})
