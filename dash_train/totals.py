@@ -20,7 +20,7 @@ class Totals:
         self.routing = torch.zeros(len(SUMS), layers, dtype=torch.float64, device=device)
         self.residual = torch.zeros(layers, dtype=torch.float64, device=device)
 
-    def add(self, outputs: dict[str, Tensor], tokens: int, text_bytes: int = 0) -> None:
+    def add(self, outputs: dict[str, Tensor], tokens: float, text_bytes: int = 0) -> None:
         """Add one micro-batch: the model's outputs, its counted tokens and the bytes of text they stand for."""
         self.loss += outputs["loss"].detach()
         self.counts += torch.tensor([tokens, text_bytes], dtype=torch.float64, device=self.counts.device)

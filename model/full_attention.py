@@ -36,6 +36,8 @@ def full_attention(
         out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     elif mask is not None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    elif len(query_starts) == 1:
+        out = _causal(q, k, v, *query_starts)
     else:
         pieces = q.chunk(len(query_starts), dim=2)
         out = torch.cat([_causal(piece, k, v, start) for piece, start in zip(pieces, query_starts, strict=True)], dim=2)

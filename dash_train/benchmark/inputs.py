@@ -64,6 +64,8 @@ def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.
     totals = Totals(model.config.layers, model.config.kv_heads, device)
     with torch.no_grad():
         totals.add(model(batch["tokens"], labels=torch.full_like(batch["tokens"], IGNORE)), rows.seq)
+    if model.context.size > 1:  # each rank has counted its own tokens
+        totals.reduce()
     return totals.per_layer()["union_factor"]
 
 

@@ -22,7 +22,7 @@ from dash_train.benchmark.timing import Phases
 from dash_train.engine import build_engine, deepspeed_config
 from dash_train.errors import UserError
 from dash_train.initial import build_model, resolve_model
-from dash_train.parallel import World, init_world
+from dash_train.parallel import World, init_world, join_context
 from dash_train.recipe import Recipe, load_recipe
 from dash_train.throughput import Throughput
 from dash_train.totals import Totals
@@ -102,17 +102,17 @@ class Ours:
     """The engine and the step of the trainer."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        config = deepspeed_config(recipe)
+        config, self.context = deepspeed_config(recipe), join_context(world, recipe.parallel)
         # Weights drawn on the device: no minute of waiting. zero.Init places its own.
         with world.device if recipe.parallel.zero_stage < 3 else nullcontext():
-            model = build_model(recipe, None, config)
+            model = build_model(recipe, None, config, self.context)
         self.world, self.engine = world, build_engine(model, recipe, config)
 
     def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
         phases = Phases(self.world.device)
         for _ in range(count):
             batch = _to_device(next(micro_batches), self.world.device)
-            tokens = batch["tokens"].shape[1] - 1
+            tokens = (batch["tokens"].shape[1] - 1) / self.context.size  # this rank's
             phases.mark("data")
             outputs = self.engine(**batch)
             phases.mark("forward")
@@ -211,7 +211,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Medians over the timed steps; the router's statistics over all of them."""
     device = world.device
-    batches = rows.micro_batches(world.rank)
+    shared = recipe.parallel.context  # ranks that share a row
+    batches = rows.micro_batches(world.rank // shared)
     _reset_peak_memory(device)
     warm_up = Totals(recipe.model.layers, recipe.model.kv_heads, device)
     trainee.step(batches, min(micro_batches, WARM_UP_MICRO_BATCHES), warm_up).seconds()
@@ -225,7 +226,7 @@ def _measure(
     totals.reduce()
     layers = totals.per_layer()
     throughput = Throughput(recipe.model, recipe, device, world.size)
-    tokens = micro_batches * rows.seq * world.size
+    tokens = micro_batches * rows.seq * world.size // shared
     return {
         **throughput.measure(tokens, statistics.median(seconds), layers["routed_chunks"]),
         **{f"{phase}_s": statistics.median(step[phase] for step in phases) for phase in PHASES},

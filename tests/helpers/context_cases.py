@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -10,6 +11,8 @@ from dash_train.model.attention import STATISTICS
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import Context
 from dash_train.model.transformer import LanguageModel
+from dash_train.parallel import World
+from dash_train.router_gradients import RouterGradients
 
 SEQ = 512  # pieces of four ranks hold whole tiles, so that the union factor too is the same
 
@@ -26,7 +29,10 @@ def compare_with_whole_rows(rank: int, ranks: int) -> None:
     for attention, method, rows in itertools.product(("dash", "full"), ("gather", "ulysses"), documents):
         context = Context(rank, ranks, method, dist.group.WORLD)
         whole, shared = build(attention, Context()), build(attention, context)
-        expected, found = (model(tokens, labels=labels, **rows) for model in (whole, shared))
+        worlds = (World(rank, 1, tokens.device), World(rank, ranks, tokens.device))
+        watches = [RouterGradients(model, world) for model, world in zip((whole, shared), worlds, strict=True)]
+        with watches[0].watching(), watches[1].watching():
+            expected, found = (model(tokens, labels=labels, **rows) for model in (whole, shared))
         assert torch.equal(context.share(labels) == -100, found["token_losses"] == 0)
         torch.testing.assert_close(found["token_losses"], context.share(expected["token_losses"]), atol=1e-5, rtol=1e-5)
         for name in ("loss", *STATISTICS):
@@ -34,9 +40,15 @@ def compare_with_whole_rows(rank: int, ranks: int) -> None:
             dist.all_reduce(total, op=dist.ReduceOp.MAX if name == "residual" else dist.ReduceOp.SUM)
             torch.testing.assert_close(total, expected[name].detach(), atol=1e-6, rtol=1e-6, msg=f"{attention} {name}")
         expected["loss"].backward()
-        found["loss"].backward()
+        (found["loss"] * ranks).backward()  # as the trainer scales it: DeepSpeed averages
+        if attention == "dash":
+            one, several = watches
+            norms = several.norms()
+            expected_norms = [one.q_squares.sqrt().tolist(), one.chunk_query.flatten(1).norm(dim=1).tolist()]
+            for name, values in zip(("router_grad_norm_q", "grad_norm_chunk_query"), expected_norms, strict=True):
+                assert norms[name] == pytest.approx(values, rel=1e-4), name
         for (name, parameter), mine in zip(whole.named_parameters(), shared.parameters(), strict=True):
-            dist.all_reduce(mine.grad)
+            dist.all_reduce(mine.grad.div_(ranks))
             scale = parameter.grad.abs().max()
             torch.testing.assert_close(mine.grad / scale, parameter.grad / scale, atol=1e-5, rtol=0, msg=name)
         with torch.no_grad():

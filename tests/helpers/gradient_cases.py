@@ -64,7 +64,7 @@ def _compare(case: Case, rank: int, ranks: int, corpus: Path, folder: Path) -> d
     rows = micro * case.accumulation * ranks // case.context
     attention = {"type": case.attention, "chunk_size": 16, "routing_scale": case.routing_scale}
     chunked = case.savings == "chunked"
-    transformer.MLP_TOKENS, loss.CHUNK_TOKENS = (24, 40) if chunked else (131072, 2048)
+    transformer.MLP_TOKENS, loss.CHUNK_LOGITS = (24, 40 * 512) if chunked else (131072, 2**27)
     path = write_recipe(
         folder / f"recipe-{rank}.yaml",
         corpus,
