@@ -38,8 +38,7 @@ def dash_backward(
     delta = row_deltas(out, dout)
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.zeros(sequences, shape.seq, shape.head_dim, device=q.device)
-    dv = torch.zeros_like(dk)
+    dk, dv = torch.zeros(2, sequences, shape.seq, shape.head_dim, device=q.device)
     dsummaries = torch.zeros(sequences, summaries.shape[1], shape.head_dim, device=q.device)
     for segment, lists in new_lists(shape, query_starts, q.device):
         restore_segment(q, parts, config, shape, segment, kept, lists)

@@ -1,6 +1,10 @@
 """Cases for the Triton kernels of DashAttention, and how one is compared with the reference."""
 
 import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -106,3 +110,19 @@ def gradient_errors(tensors: list[Tensor], options: dict[str, Any]) -> dict[str,
         assert gradient.dtype == out.dtype
         errors[name] = relative_error(gradient, correct) if correct.any() else gradient.double().norm().item()
     return errors
+
+
+def in_processes(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
+    """function(argument) of each, on all GPUs, by as many processes as there are cores: most of it is compiling.
+
+    Triton's cache on disk keeps what they compiled. Fresh memory holds NaN and huge integers.
+    """
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        return list(pool.map(function, arguments))
+
+
+def _start_worker() -> None:
+    number = multiprocessing.current_process()._identity[0]
+    torch.cuda.set_device(number % torch.cuda.device_count())
+    torch.use_deterministic_algorithms(True, warn_only=True)

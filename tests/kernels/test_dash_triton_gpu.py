@@ -1,12 +1,10 @@
 """The Triton forward pass on a GPU: pytest -m gpu tests/kernels"""
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from dash_cases import TOLERANCE, Case, call, covering_array, error_against_reference
+from dash_cases import TOLERANCE, Case, call, covering_array, error_against_reference, in_processes
 
 from dash_train.kernels.dash import dash_attention
 
@@ -15,28 +13,23 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 CASES = covering_array()
 
 
-def chunks_of(case: Case) -> int:
-    return 150 if case.chunk_size == 16 else 11
-
-
-def compile_kernels(case: Case) -> None:
-    tensors, options = call(case, chunks_of(case), "cuda")
-    dash_attention(*tensors, **options, backend="triton")
+def outcome(case: Case) -> dict[str, Any]:
+    error, stats, truth = error_against_reference(*call(case, 150 if case.chunk_size == 16 else 11, "cuda"))
+    torch.cuda.empty_cache()
+    same_chunks = torch.equal(stats.active_chunks, truth.active_chunks)
+    return {"error": error, "residual": float(stats.residual), "same_chunks": same_chunks}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> None:
-    """Compiles in as many processes as there are cores; Triton's cache on disk passes the kernels on."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernels, CASES))
+def outcomes() -> dict[Case, dict[str, Any]]:
+    return dict(zip(CASES, in_processes(outcome, CASES), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(compiled, case):
-    error, stats, truth = error_against_reference(*call(case, chunks_of(case), "cuda"))
-    assert error < TOLERANCE[case.dtype]
-    assert stats.residual <= 1e-6
-    assert torch.equal(stats.active_chunks, truth.active_chunks)
+def test_equals_the_reference(outcomes, case):
+    assert outcomes[case]["error"] < TOLERANCE[case.dtype]
+    assert outcomes[case]["residual"] <= 1e-6
+    assert outcomes[case]["same_chunks"]
 
 
 @pytest.mark.parametrize("scale", [0.1, 2.0, 12.0], ids=["dense", "middling", "sparse"])
