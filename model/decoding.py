@@ -19,8 +19,14 @@ def attend_step(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | N
     if mode == "vattention":
         return _sampled(q, cache, layer, routing)
     if mode == "full" or routing is None:
-        return full_decode(q, cache.layers[layer].keys, cache.layers[layer].values, cache.lengths)
+        return attend_everything(q, cache, layer)
     return _routed(q, cache, layer, routing)
+
+
+def attend_everything(q: Tensor, cache: Cache, layer: int) -> Tensor:
+    """Full attention of q `[batch, heads, head_dim]` over a layer's cache."""
+    memory = cache.layers[layer]
+    return full_decode(q, memory.keys, memory.values, cache.lengths, lists=cache.list_all_chunks())
 
 
 def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Tensor:

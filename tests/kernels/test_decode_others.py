@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dash_train.kernels.dash import chunk_summaries, dash_decode, decode_prior
-from dash_train.kernels.full import full_decode
+from dash_train.kernels.full import full_decode, list_all_chunks
 
 CHUNK, CAPACITY = 16, 150
 LENGTHS = torch.tensor([1, 16, 77, 150], dtype=torch.int32)
@@ -48,6 +48,8 @@ def test_full_decode_is_softmax_attention_to_what_is_written(heads: int, kv_head
     for row, length in enumerate(LENGTHS.tolist()):
         k[row, length:], v[row, length:] = 1e4, 1e4  # a cache's rest means nothing, but is finite
     out = full_decode(q, k, v, lengths, backend=backend)
+    lists = list_all_chunks(lengths, CAPACITY, kv_heads)
+    assert torch.equal(full_decode(q, k, v, lengths, lists=lists, backend=backend), out)
     for row, length in enumerate(LENGTHS.tolist()):
         logits = torch.einsum("hgd,khd->hgk", q[row].unflatten(0, (kv_heads, -1)), k[row, :length]) / 4
         expected = torch.einsum("hgk,khd->hgd", logits.softmax(-1), v[row, :length]).flatten(0, 1)
@@ -61,6 +63,7 @@ def test_full_decode_is_softmax_attention_to_what_is_written(heads: int, kv_head
         ("k_cache", {"k_cache": torch.zeros(4, CAPACITY, 2, 8)}),
         ("v_cache", {"v_cache": torch.zeros(4, CAPACITY, 2, 16).double()}),
         ("lengths", {"lengths": torch.ones(3)}),
+        ("lists", {"lists": list_all_chunks(LENGTHS, CAPACITY + 64, 2)}),
         ("backend", {"backend": "cuda"}),
     ],
 )
