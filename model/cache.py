@@ -60,7 +60,7 @@ class Cache:
     start: int | None = None  # during a forward: the position of its first token; None in a step
     seeds: Tensor | None = None  # [layers, batch] int64, of the step in progress (vattention)
     all_chunks: ChunkLists | None = None  # of the step in progress, once a layer attends to everything
-    measures_routing: bool = True  # whether dash steps count in `totals`: they have to route a second time for it
+    measures_routing: bool = True  # whether dash steps count in `totals`, by a few small kernels a layer
 
     @classmethod
     def allocate(

@@ -42,6 +42,17 @@ def test_attention_with_the_prior_is_dash_decode(prior_normalizer: str, backend:
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_active_chunks_are_those_with_a_prior(backend: str) -> None:
+    q, k, v, summaries, lengths = inputs()
+    options: dict = {"chunk_size": CHUNK, "routing_scale": 4.0, "backend": backend}
+    out, active = dash_decode(q, k, v, summaries, lengths, return_active=True, **options)
+    assert torch.equal(out, dash_decode(q, k, v, summaries, lengths, **options))
+    with_own = decode_prior(q, summaries, lengths, **options).isfinite().sum(-1)
+    assert torch.equal(active, with_own.int() - 1)
+    assert (active[0] == 0).all() and (active[-1] > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (16, 1)])
 def test_full_decode_is_softmax_attention_to_what_is_written(heads: int, kv_heads: int, backend: str) -> None:
     q, k, v, _, lengths = inputs(heads, kv_heads)
