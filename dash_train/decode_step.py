@@ -12,9 +12,9 @@ MEASURED_EVERY = 64
 class DecodeStep:
     """Calls the model with one token a row over a cache that holds the prompts.
 
-    The first step and every 64th after it are eager and measure the density of Dash layers, which routes a second time;
-    the first also compiles what the others need. On CUDA the second step is captured and the others replay it. What a
-    graph does to the cache it does in place, on the device: nothing in a step waits for the host.
+    The first step and every 64th after it are eager and measure the density of Dash layers; the first also compiles
+    what the others need. On CUDA the second step is captured and the others replay it. What a graph does to the cache
+    it does in place, on the device: nothing in a step waits for the host.
     """
 
     def __init__(self, model: LanguageModel, cache: Cache, *, use_graph: bool = True) -> None:

@@ -268,7 +268,7 @@ class Trainer:
         with closing(batches):
             inputs = self._to_device(next(batches).micro_batches[0])
         scales = calibrate_routing_scale(
-            self.engine.module, inputs["tokens"], inputs["document_starts"], inputs["real"]
+            self.engine.module, inputs["tokens"], inputs.get("document_starts"), inputs["real"]
         )
         logger.info("routing scales per layer: %s", ", ".join(f"{scale:.4g}" for scale in scales))
 

@@ -148,7 +148,10 @@ class RowDataset:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: the packed rows of all ranks, and the micro-batches of this one (tensors `[micro, seq]`)."""
+    """One optimizer step: the packed rows of all ranks, and the micro-batches of this one (tensors `[micro, seq]`).
+
+    A micro-batch has no `document_starts` when each of its rows is one document.
+    """
 
     step: int
     epoch: int
@@ -207,4 +210,7 @@ def validation_batches(
 
 
 def _stack(rows: list[Row]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if not batch["document_starts"].any():  # told apart here, where it takes no waiting for the device
+        del batch["document_starts"]
+    return batch

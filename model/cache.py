@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dash_train.kernels.dash.stages import ChunkLists
+from dash_train.kernels.full import list_all_chunks
 from dash_train.model.config import ModelConfig
 
 DecodeMode = Literal["full", "dash", "vattention"]
@@ -57,7 +59,8 @@ class Cache:
     piece_size: int  # prompt tokens that go through the model together
     start: int | None = None  # during a forward: the position of its first token; None in a step
     seeds: Tensor | None = None  # [layers, batch] int64, of the step in progress (vattention)
-    measures_routing: bool = True  # whether dash steps count in `totals`: they have to route a second time for it
+    all_chunks: ChunkLists | None = None  # of the step in progress, once a layer attends to everything
+    measures_routing: bool = True  # whether dash steps count in `totals`, by a few small kernels a layer
 
     @classmethod
     def allocate(
@@ -135,12 +138,19 @@ class Cache:
     def _begin_step(self) -> None:
         """Room for one more token a row."""
         self.start = None
+        self.all_chunks = None
         self.lengths.add_(1)
         rows = torch.arange(len(self.lengths), device=self.lengths.device) * self.capacity
         torch.add(rows, self.lengths - 1, out=self.slots)
         if self.decoding.mode == "vattention":
             layers = torch.arange(len(self.layers), device=self.lengths.device)
             self.seeds = _mix(_mix(self.requests + _mix(layers)[:, None]) + self.lengths)
+
+    def list_all_chunks(self) -> ChunkLists:
+        """What layers that attend to everything read in this step, the same in all of them."""
+        if self.all_chunks is None:
+            self.all_chunks = list_all_chunks(self.lengths, *self.layers[0].keys.shape[1:3])
+        return self.all_chunks
 
     def last(self, hidden: Tensor) -> Tensor:
         """Of the hidden states `[batch, seq, hidden_size]` just computed, those of each row's last real token."""

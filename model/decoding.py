@@ -1,5 +1,6 @@
 """Attention of one new token a row over a cache, in each of the ways there are to decode."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,20 +20,26 @@ def attend_step(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | N
     if mode == "vattention":
         return _sampled(q, cache, layer, routing)
     if mode == "full" or routing is None:
-        return full_decode(q, cache.layers[layer].keys, cache.layers[layer].values, cache.lengths)
+        return attend_everything(q, cache, layer)
     return _routed(q, cache, layer, routing)
+
+
+def attend_everything(q: Tensor, cache: Cache, layer: int) -> Tensor:
+    """Full attention of q `[batch, heads, head_dim]` over a layer's cache."""
+    memory = cache.layers[layer]
+    return full_decode(q, memory.keys, memory.values, cache.lengths, lists=cache.list_all_chunks())
 
 
 def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Tensor:
     memory = cache.layers[layer]
     assert memory.summaries is not None
-    if cache.measures_routing:
-        kv_heads = memory.keys.shape[2]
-        prior = decode_prior(q, memory.summaries, cache.lengths, **routing)
-        active = prior.isfinite().sum((1, 2)) - kv_heads  # without the own chunk
-        eligible = (cache.lengths - 1) // routing["chunk_size"] * kv_heads
-        cache.count_routing(layer, (active * cache.counted).sum(), (eligible * cache.counted).sum())
-    return dash_decode(q, memory.keys, memory.values, memory.summaries, cache.lengths, **routing)
+    call = partial(dash_decode, q, memory.keys, memory.values, memory.summaries, cache.lengths, **routing)
+    if not cache.measures_routing:
+        return call()
+    out, active = call(return_active=True)
+    eligible = (cache.lengths - 1) // routing["chunk_size"] * active.shape[1]
+    cache.count_routing(layer, (active.sum(1) * cache.counted).sum(), (eligible * cache.counted).sum())
+    return out
 
 
 def _sampled(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None) -> Tensor:

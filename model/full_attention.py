@@ -60,15 +60,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, **causality, enable_gqa=k.shape[1] < q.shape[1])
 
 
-def document_mask(document_starts: Tensor, positions: Tensor) -> Tensor | BlockMask | None:
+def document_mask(document_starts: Tensor, positions: Tensor) -> Tensor | BlockMask:
     """Who sees whom in packed rows, from `[batch, seq]`: no later token, none before one's own document.
 
-    `positions` `[q_len]` says where in the row the queries stand. None where every row is one document; else a bool
-    `[batch, 1, q_len, seq]` on the CPU, FlexAttention's block mask on CUDA. To tell which, the host waits for the
-    device: once a forward pass, before its first block.
+    `positions` `[q_len]` says where in the row the queries stand. A bool `[batch, 1, q_len, seq]` on the CPU,
+    FlexAttention's block mask on CUDA. The values are not looked at, so the host waits for nothing: rows that are one
+    document get a mask too, and are faster without.
     """
-    if not document_starts.any():
-        return None
     batch, seq = document_starts.shape
     starts = document_starts[:, positions]
     if document_starts.is_cuda:

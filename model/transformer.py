@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
             tokens: `[batch, seq]` int64.
             labels: `[batch, seq]` int64, already shifted; -100 does not count.
             document_starts: `[batch, seq]` int32, where in the row each token's document begins, multiples of the
-                chunk size; None when every row is one document.
+                chunk size; None when every row is one document, which full attention does faster.
             real: `[batch, seq]` bool, False for padding, which no statistic counts; None when there is none.
             cache: filled in place: by the whole prompts (`real` False on the right where a row is shorter) when it is
                 empty, then by one token a row. It counts for itself what its layers attended to.

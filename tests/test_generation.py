@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
 from dash_train.generation import TextStream, choose_decoding, generate, read_prompts
+from dash_train.kernels.full import list_all_chunks
 from dash_train.model.cache import Cache, Decoding
 from dash_train.model.transformer import LanguageModel
 
@@ -105,6 +107,17 @@ def test_seeds_fold_request_layer_and_step(tiny_model: Build) -> None:
     # Requests 5 and 6 at lengths 3, 4, 5 and 2, 3, 4, then the other way round: at 2, 3, 4 and 5 each, in two layers.
     assert len(torch.stack(seen).unique()) == 2 * 4 * 2
     assert all((seeds >= 0).all() for seeds in seen)
+
+
+def test_the_lists_of_everything_are_made_once_a_step(tiny_model: Build) -> None:
+    model = tiny_model("full")
+    cache = Cache.allocate(model.config, 2, 150, torch.float32, torch.device("cpu"))
+    read_prompts(model, [[1, 2], [3]], cache)
+    for _ in range(3):
+        with patch("dash_train.model.cache.list_all_chunks", wraps=list_all_chunks) as made:
+            model(torch.tensor([[1], [2]]), cache=cache)
+        made.assert_called_once()
+        assert torch.equal(cache.list_all_chunks().keys, cache.lengths[:, None].expand(2, 2))
 
 
 def test_the_report_counts_what_is_routed(tiny_model: Build) -> None:

@@ -174,22 +174,22 @@ def _peer_times(model: LanguageModel, cache: Cache, tokens: Tensor, context: int
     def own_layout(t: Tensor) -> Tensor:
         return t[:, :context].transpose(1, 2).contiguous()
 
-    caches = {layer.keys.data_ptr(): (own_layout(layer.keys), own_layout(layer.values)) for layer in cache.layers}
+    caches = [(own_layout(layer.keys), own_layout(layer.values)) for layer in cache.layers]
 
-    def by_gqa(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        k, v = caches[keys.data_ptr()]
+    def by_gqa(q: Tensor, _cache: Cache, layer: int) -> Tensor:
+        k, v = caches[layer]
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
-    def by_rows(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        grouped_q = q.unflatten(1, (keys.shape[2], -1))
-        k, v = caches[keys.data_ptr()]
+    def by_rows(q: Tensor, _cache: Cache, layer: int) -> Tensor:
+        k, v = caches[layer]
+        grouped_q = q.unflatten(1, (k.shape[1], -1))
         return F.scaled_dot_product_attention(grouped_q, k, v).flatten(1, 2)
 
     row: Row = {}
     for name, backend in PEERS.items():
         for way in (by_gqa, by_rows):
             try:
-                with patch("dash_train.model.decoding.full_decode", way), sdpa_kernel(backend):
+                with patch("dash_train.model.decoding.attend_everything", way), sdpa_kernel(backend):
                     graph = _graph(model, cache, tokens, context)
                 row[f"full_{name}_{way.__name__}_ms"] = milliseconds(graph.replay)
             except RuntimeError as error:

@@ -1,5 +1,7 @@
 """One-token decoding over a KV cache: the cache of chunk summaries, and attention of the newest token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,15 @@ from dash_train.kernels.dash.checks import (
     check_same_kind,
     check_shape,
 )
-from dash_train.kernels.dash.stages import DashConfig, Rows, attend_rows, group_heads, summarize, whole_chunks
+from dash_train.kernels.dash.stages import (
+    ChunkLists,
+    DashConfig,
+    Rows,
+    attend_rows,
+    group_heads,
+    summarize,
+    whole_chunks,
+)
 
 
 def chunk_summaries(k: Tensor, chunk_query: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -84,7 +94,8 @@ def dash_decode(
     prior_normalizer: str = "geometric_mean",
     prior_temperature: float = 1.0,
     backend: str = "auto",
-) -> Tensor:
+    return_active: bool = False,
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_active
     """DashAttention of the newest token of each sequence: the last row of dash_attention over the first `lengths` keys.
 
     Args:
@@ -97,8 +108,10 @@ def dash_decode(
         backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; head_dim a multiple of 16 up to
             256, chunk_size 16, 32, 64 or 128) or "auto": triton on CUDA where it can, else reference. Triton waits for
             nothing and launches the same programs at all lengths, so a CUDA graph can hold it.
+        return_active: return (out, active_chunks).
 
-    Returns: [batch, heads, head_dim] in q's type.
+    Returns: [batch, heads, head_dim] in q's type; with return_active also the number of chunks routed to, without the
+        own one, [batch, kv_heads] int32.
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
@@ -119,13 +132,21 @@ def dash_decode(
         from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
         from dash_train.kernels.dash.decode_routing import route_newest
 
-        return attend_lists(q, k_cache, v_cache, route_newest(q, summaries, lengths.contiguous(), config), config)
-    return _decode_reference(q, k_cache, v_cache, summaries, lengths, config)
+        lists = route_newest(q, summaries, lengths.contiguous(), config)
+        out = attend_lists(q, k_cache, v_cache, lists, config)
+        return (out, _active_chunks(lists, config)) if return_active else out
+    out, active_chunks = _decode_reference(q, k_cache, v_cache, summaries, lengths, config)
+    return (out, active_chunks) if return_active else out
+
+
+def _active_chunks(lists: ChunkLists, config: DashConfig) -> Tensor:
+    """All chunks of a list are full but the own one, which holds the newest token at least."""
+    return (-(-lists.keys // config.chunk_size) - 1).clamp(min=0)
 
 
 def _decode_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One row of the definition in stages.py for each sequence."""
     grouped_q = group_heads(q[:, None], k_cache.shape[2])
     unwritten = (torch.arange(k_cache.shape[1], device=q.device) >= lengths[:, None])[..., None, None]
@@ -138,7 +159,8 @@ def _decode_reference(
         starts=torch.zeros_like(lengths)[:, None],
         support=None,
     )
-    return attend_rows(rows, config).out.flatten(1, 3).to(q.dtype)
+    attended = attend_rows(rows, config)
+    return attended.out.flatten(1, 3).to(q.dtype), attended.active_chunks[..., 0]
 
 
 def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size: int) -> None:

@@ -7,30 +7,19 @@ several times, but they stay in its SM's first-level cache (4 heads of 128K toke
 All launches depend on the cache's capacity, never on the lengths, which only the device knows.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.dash.routing import MAX_STEPS, TOLERANCE, newton_step
-from dash_train.kernels.dash.stages import PBAR_MIN, DashConfig
+from dash_train.kernels.dash.stages import PBAR_MIN, ChunkLists, DashConfig
 
 MATRIX_ROWS = 16  # the least rows of a matrix product
 SUMMARIES_PER_PROGRAM = 64
 SCORE_WARPS = 4
 LIST_TILE = 8192  # scores that the program of a KV head looks at in one step
 LIST_WARPS = 16
-
-
-class ChunkLists(NamedTuple):
-    """What the newest tokens attend to. A list has room for the whole history."""
-
-    chunks: Tensor  # [batch, kv_heads, chunks] int32: the routed chunks, ascending, then the own chunk
-    log_pbar: Tensor  # the same shape, fp32: log max(pbar, 1e-20); the normalizer for the own chunk, so its prior is 0
-    keys: Tensor  # [batch, kv_heads] int32: in these chunks, up to the newest; 0 for a sequence of length 0
-    normalizer: Tensor  # [batch, kv_heads] fp32: what b_c subtracts from log pbar
 
 
 def route_newest(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:

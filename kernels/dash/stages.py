@@ -53,6 +53,15 @@ class Routing(NamedTuple):
     residual: Tensor  # scalar: worst |sum p - 1|
 
 
+class ChunkLists(NamedTuple):
+    """What the newest tokens attend to. A list has room for the whole history."""
+
+    chunks: Tensor  # [batch, kv_heads, chunks] int32: the routed chunks, ascending, then the own chunk
+    log_pbar: Tensor  # the same shape, fp32: log max(pbar, 1e-20); the normalizer for the own chunk, so its prior is 0
+    keys: Tensor  # [batch, kv_heads] int32: in these chunks, up to the newest; 0 for a sequence of length 0
+    normalizer: Tensor  # [batch, kv_heads] fp32: what b_c subtracts from log pbar
+
+
 class Attended(NamedTuple):
     """The output [batch, kv_heads, group, rows, head_dim] of one block, and its part of DashStats."""
 

@@ -99,6 +99,15 @@ def test_a_step_holds_the_same_rows_however_it_is_divided(dataset: RowDataset, m
         assert sorted(torch.cat(held).tolist()) == sorted(torch.cat(whole).tolist())
 
 
+def test_batches_of_one_document_a_row_have_no_starts(dataset: RowDataset) -> None:
+    found = [micro for batch in take(dataset, 4, micro=1) for micro in batch.micro_batches]
+    for index, micro in enumerate(found):
+        starts = dataset.row(index)["document_starts"]
+        assert torch.equal(micro.get("document_starts", torch.zeros(1, SEQ, dtype=torch.int32))[0], starts)
+        assert ("document_starts" in micro) == bool(starts.any())
+    assert 0 < sum("document_starts" in micro for micro in found) < len(found)
+
+
 def test_starting_at_a_step_gives_what_an_unbroken_run_gives(dataset: RowDataset, folder: Path) -> None:
     steps = dataset.rows(0) // 8 + 3  # into the second epoch
     unbroken = take(dataset, steps)

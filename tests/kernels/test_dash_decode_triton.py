@@ -38,11 +38,12 @@ def test_every_stage_is_exact(case):
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_equals_the_reference(case):
     call = decode_call(case, lengths_of(case), "cpu")
-    out = dash_decode(*call.tensors, **call.options, backend="triton")
-    expected = dash_decode(*call.double(), **call.options, backend="reference")
+    out, active = dash_decode(*call.tensors, **call.options, backend="triton", return_active=True)
+    expected, expected_active = dash_decode(*call.double(), **call.options, backend="reference", return_active=True)
     assert out.dtype == case.dtype
     assert relative_error(out, expected) < (1e-3 if case.dtype == torch.float16 else 2e-6)
     assert not out[0].any()
+    assert active.dtype == torch.int32 and torch.equal(active, expected_active)
 
 
 def test_scores_that_do_not_fit_into_one_step(monkeypatch):

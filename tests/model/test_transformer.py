@@ -45,6 +45,14 @@ def test_meta_construction_then_initialize_equals_direct() -> None:
 
 
 @pytest.mark.parametrize("attention", ["full", "dash"])
+def test_rows_of_one_document_need_no_starts(attention: str, tiny_model: Build) -> None:
+    model, tokens = tiny_model(attention), torch.randint(64, (2, 96))
+    with torch.no_grad():
+        named = model(tokens, document_starts=torch.zeros(2, 96, dtype=torch.int32))["logits"]
+        torch.testing.assert_close(model(tokens)["logits"], named, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["full", "dash"])
 def test_packed_documents_are_isolated(attention: str, tiny_model: Build) -> None:
     """Document B sees nothing of A, and is what it would be alone."""
     model = tiny_model(attention)
