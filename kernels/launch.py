@@ -24,22 +24,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not isinstance(kernel, JITFunction):  # the interpreter's
         kernel[grid](*args, **constants)
         return
-    key: list[Any] = [kernel.fn, torch.cuda.current_device(), *constants.values()]
+    traits: list[Any] = [kernel.fn, torch.cuda.current_device()]
     values: list[Any] = []
     for argument in args:
+        value = argument
         if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            key += argument.dtype, address % 16
-            values.append(address)
+            value = argument.data_ptr()
+            traits += argument.dtype, value % 16
         elif isinstance(argument, TensorDescriptor):
-            key += argument.base.dtype, *argument.block_shape
-            values.append(argument)
+            traits += argument.base.dtype, *argument.block_shape
         else:
-            key.append(argument)
-            values.append(argument)
-    known = _compiled.get(tuple(key))
+            traits.append(argument)
+        values.append(value)
+    key = (*traits, *constants.values())
+    known = _compiled.get(key)
     if known:
         compiled, last_values = known
         compiled[grid + (1,) * (3 - len(grid))](*values, *last_values)
     elif compiled := kernel[grid](*args, **constants):
-        _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])

@@ -29,7 +29,7 @@ def attend_segment(
 
     lse [batch, heads, q_len] fp32: the natural logarithm of the softmax's denominator, log-prior included.
     """
-    block_dim = triton.next_power_of_2(shape.head_dim)
+    block_dim = shape.block_dim
     keys = min(shape.chunk_size, 16 if k.dtype == torch.float32 else 64)
     launch(
         attend_kernel,

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.rows import keys_in_product, product_precision, tile_rows
-from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape, power_of_two
 from dash_train.kernels.launch import launch
 
 
@@ -19,14 +19,14 @@ def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
     rows = 64
     launch(
         delta_kernel,
-        (triton.cdiv(q_len * heads, rows), batch),
+        (-(-q_len * heads // rows), batch),
         out,
         dout,
         delta,
         q_len,
         HEADS=heads,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=power_of_two(head_dim),
         ROWS=rows,
     )
     return delta
@@ -50,7 +50,7 @@ def attend_backward_segment(
     dout like q, contiguous; lse, delta [batch, heads, q_len]; lengths [batch, kv_heads, tiles] of the lists.
     """
     keys = keys_in_product(k, shape)
-    block = [1, keys, 1, triton.next_power_of_2(shape.head_dim)]
+    block = [1, keys, 1, shape.block_dim]
     launch(
         attend_backward_kernel,
         (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape, power_of_two
 from dash_train.kernels.launch import launch
 
 
@@ -43,7 +43,7 @@ def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) 
         segment.chunks,
         segment.chunks.bit_length(),
         TILES_IN_CHUNK=shape.chunk_size // shape.tile_tokens,
-        BLOCK=min(1024, triton.next_power_of_2(tiles)),
+        BLOCK=min(1024, power_of_two(tiles)),
         num_warps=8,
     )
     return inverse

@@ -53,7 +53,7 @@ def keys_backward_segment(
     pieces = _cut(inverse.counts)
     partial = torch.empty(SLOTS, 2, shape.chunk_size, shape.head_dim, device=q.device)
     keys = keys_in_product(k, shape)
-    block_dim = triton.next_power_of_2(shape.head_dim)
+    block_dim = shape.block_dim
     rows = [1, shape.tile_tokens, shape.padded_group, block_dim]
     inputs = (
         TensorDescriptor.from_tensor(q, rows),
@@ -79,7 +79,7 @@ def keys_backward_segment(
         "num_warps": 4 if block_dim <= 128 else 8,
     }
     sequences = shape.batch * shape.kv_heads
-    own_chunks = triton.cdiv(segment.tokens, shape.chunk_size)
+    own_chunks = -(-segment.tokens // shape.chunk_size)
     launch(
         own_keys_kernel, (own_chunks, shape.chunk_size // keys, sequences), *inputs, dk, dv, *strides, *sizes, **common
     )

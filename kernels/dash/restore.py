@@ -15,7 +15,7 @@ from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.routing import routing_scores
 from dash_train.kernels.dash.rows import tile_rows
 from dash_train.kernels.dash.stages import PBAR_MIN, DashConfig
-from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape, power_of_two
 from dash_train.kernels.launch import launch
 
 
@@ -63,7 +63,7 @@ def restore_segment(
         BLOCK_DIM=min(64, shape.head_dim & -shape.head_dim),
         PARTS=parts.shape[0],
         WIDTH=64,
-        WORDS=min(16, triton.next_power_of_2(shape.words)),
+        WORDS=min(16, power_of_two(shape.words)),
         STAGES=3,
         num_warps=4,
     )

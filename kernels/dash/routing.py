@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape, power_of_two
 from dash_train.kernels.launch import launch
 
 STREAMED_WIDTH = 512  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
@@ -69,7 +69,7 @@ def route_segment(
     the chunks of positive probability are marked in it.
     """
     resident = segment.chunks <= RESIDENT_CHUNKS
-    width = max(MIN_WIDTH, triton.next_power_of_2(segment.chunks)) if resident else STREAMED_WIDTH
+    width = max(MIN_WIDTH, power_of_two(segment.chunks)) if resident else STREAMED_WIDTH
     launch(
         route_kernel,
         (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),

@@ -44,7 +44,7 @@ def routing_backward_segment(
         "PADDED_GROUP": shape.padded_group,
         "TILE": shape.tile_tokens,
         "HEAD_DIM": shape.head_dim,
-        "BLOCK_DIM": triton.next_power_of_2(shape.head_dim),
+        "BLOCK_DIM": shape.block_dim,
         "PARTS": parts.shape[0],
         "PRECISION": product_precision(shape),
     }

@@ -162,6 +162,8 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The softmax of stage 2 by SDPA, which on CUDA (its memory-efficient kernels, fp32 in three passes of the matrix
     units) is several times faster than plain torch; bias [batch, kv_heads, rows, keys].
     """
+    if bias.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
+        q = q.detach().requires_grad_()  # else the kernel does not keep what the bias's own gradient needs
     # KV heads join the batch and the group are the heads, so that the bias, which they share, is not repeated.
     keys, values = (t.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=bias.flatten(0, 1)[:, None])

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.dash.tiles import power_of_two
 from dash_train.kernels.launch import launch
 
 
@@ -16,10 +17,10 @@ def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[T
     in and out of the routed set), a single part for fp32. A last, incomplete chunk gets the summary of its keys.
     """
     batch, seq, kv_heads, head_dim = k.shape
-    chunks = triton.cdiv(seq, chunk_size)
+    chunks = -(-seq // chunk_size)
     summaries = k.new_empty(batch, chunks, kv_heads, head_dim, dtype=torch.float32)
     parts = k.new_empty(1 if k.dtype == torch.float32 else 2, *summaries.shape)
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_two(head_dim)
     launch(
         summaries_kernel,
         (chunks, batch * kv_heads),
@@ -49,7 +50,7 @@ def update_chunk_summaries(
     k_cache [batch, capacity, kv_heads, head_dim], summaries [batch, chunks, kv_heads, head_dim], lengths [batch].
     """
     batch, _, kv_heads, head_dim = k_cache.shape
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_two(head_dim)
     update_kernel[(batch * kv_heads,)](
         k_cache,
         chunk_query.contiguous(),

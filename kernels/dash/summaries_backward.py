@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.dash.tiles import power_of_two
 from dash_train.kernels.launch import launch
 
 
@@ -21,7 +22,7 @@ def summaries_backward(
     chunks = summaries.shape[1]
     k_gradient = torch.empty_like(k, memory_format=torch.contiguous_format)
     v_gradient = torch.empty_like(k_gradient)
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_two(head_dim)
     launch(
         summaries_backward_kernel,
         (chunks, batch * kv_heads),

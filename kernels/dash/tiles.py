@@ -8,10 +8,11 @@ overflows it; lists of all tiles at once would be quadratic in memory, hence the
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,13 @@ MIN_WIDTH = 128  # routing's least
 WORKSPACE_BYTES = 2**29  # the lists of one segment take at most this, or what one chunk of queries needs
 
 
-class Shape(NamedTuple):
+def power_of_two(number: int) -> int:
+    """The least that is at least `number`. (triton.next_power_of_2 costs the host ten times as much.)"""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Shape:
     """Sizes shared by all kernels of one call."""
 
     batch: int
@@ -33,20 +40,25 @@ class Shape(NamedTuple):
     head_dim: int
     chunk_size: int
 
-    @property
+    @cached_property
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def padded_group(self) -> int:
         """The rows a token takes in a tile: its group, filled up to a power of two."""
-        return 1 << (self.group - 1).bit_length()
+        return power_of_two(self.group)
 
-    @property
+    @cached_property
+    def block_dim(self) -> int:
+        """What kernels take for head_dim: filled up to a power of two."""
+        return power_of_two(self.head_dim)
+
+    @cached_property
     def tile_tokens(self) -> int:
         return max(1, min(self.chunk_size, TILE_ROWS // self.padded_group))
 
-    @property
+    @cached_property
     def words(self) -> int:
         """32-bit words with a bit for every chunk of a row."""
         return -(-self.seq // (32 * self.chunk_size))
@@ -78,26 +90,31 @@ class Lists(NamedTuple):
     prior: Tensor  # [batch * kv_heads, tiles, segment.chunks, tile_tokens] fp32: pbar, later the log-prior
 
 
-def segments(shape: Shape, query_starts: tuple[int, ...]) -> Iterator[Segment]:
+@lru_cache
+def segments(shape: Shape, query_starts: tuple[int, ...]) -> tuple[Segment, ...]:
     """Cuts each piece of q so that every segment's lists fit into the workspace, and where history doubles.
 
     The latter up to RESIDENT_CHUNKS: routing keeps a power of two of scores per query in registers.
     """
     piece = shape.q_len // len(query_starts)
+    cut = []
     for i, start in enumerate(query_starts):
         done = 0
         while done < piece:
             position = start + done
             tokens = piece - done
-            width = max(MIN_WIDTH, triton.next_power_of_2(position // shape.chunk_size + 1))
+            width = max(MIN_WIDTH, power_of_two(position // shape.chunk_size + 1))
             if width <= RESIDENT_CHUNKS:
                 tokens = min(tokens, width * shape.chunk_size - position)
             tokens = min(tokens, _tokens_in_workspace(shape, -(-(position + tokens) // shape.chunk_size)))
             chunks = -(-(position + tokens) // shape.chunk_size)
-            yield Segment(i * piece + done, position, tokens, i * shape.tiles(piece) + shape.tiles(done), chunks)
+            first_tile = i * shape.tiles(piece) + shape.tiles(done)
+            cut.append(Segment(i * piece + done, position, tokens, first_tile, chunks))
             done += tokens
+    return tuple(cut)
 
 
+@lru_cache
 def workspace_bytes(shape: Shape, query_starts: tuple[int, ...] = (0,)) -> int:
     """Bytes of the lists that a call allocates: known before anything is routed, and enough at any density."""
     return max(

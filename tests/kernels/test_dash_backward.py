@@ -68,10 +68,10 @@ def test_routing_gets_no_gradient_from_a_single_chunk():
     assert not gradients(tensors, options)[3].any()
 
 
-def test_segments_agree_and_repeats_are_equal_to_the_bit(monkeypatch):
+def test_segments_agree_and_repeats_are_equal_to_the_bit(change_tiles):
     tensors, options = call(Case(group=4), 8, "cpu", batch=1)
     whole = gradients(tensors, options)
-    monkeypatch.setattr("dash_train.kernels.dash.tiles.WORKSPACE_BYTES", 4000)
+    change_tiles(WORKSPACE_BYTES=4000)
     pieces, again = gradients(tensors, options), gradients(tensors, options)
     for one, other, repeated in zip(whole, pieces, again, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()

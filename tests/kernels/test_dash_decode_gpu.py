@@ -1,9 +1,5 @@
 """The Triton kernels of decoding on a GPU: pytest -m gpu tests/kernels"""
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 import torch
 from dash_cases import TOLERANCE, Case, covering_array, relative_error
@@ -28,19 +24,8 @@ def decode(call: DecodeCall) -> torch.Tensor:
     return dash_decode(*call.tensors, **call.options, backend="triton")
 
 
-def compile_kernels(case: Case) -> None:
-    decode(call_of(case))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> None:
-    """Compiles in as many processes as there are cores; Triton's cache on disk passes the kernels on."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernels, CASES))
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_stage_is_exact(compiled, case):
+def test_every_stage_is_exact(case):
     check_stages(call_of(case), SCORE_TOLERANCE[case.dtype], TOLERANCE[case.dtype])
 
 
@@ -112,6 +97,7 @@ def test_the_host_never_waits():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_32_elements():
     """8 sequences of 512K tokens and 8 KV heads: the last one equals that sequence alone."""
     size = (8, 2**19, 8, 128)

@@ -68,10 +68,10 @@ def test_routing_alone_counts_what_the_whole_call_counts():
     assert torch.equal(active, stats.active_chunks) and torch.equal(union, stats.union_chunks)
 
 
-def test_segments_change_nothing(monkeypatch):
+def test_segments_change_nothing(change_tiles):
     tensors, options = call(Case(group=4), 8, "cpu")
     whole = dash_attention(*tensors, **options, backend="triton")
-    monkeypatch.setattr("dash_train.kernels.dash.tiles.WORKSPACE_BYTES", 4000)
+    change_tiles(WORKSPACE_BYTES=4000)
     assert torch.equal(dash_attention(*tensors, **options, backend="triton"), whole)
 
 
@@ -79,7 +79,7 @@ def test_segments_change_nothing(monkeypatch):
 def test_segments_cover_every_query_once_within_the_workspace(query_starts):
     q_len = 100_003 * len(query_starts)
     shape = Shape(batch=1, q_len=q_len, seq=300_000, heads=32, kv_heads=2, head_dim=128, chunk_size=64)
-    cut = list(segments(shape, query_starts))
+    cut = segments(shape, query_starts)
     assert [s.row for s in cut] == [sum(s.tokens for s in cut[:i]) for i in range(len(cut))]
     assert sum(s.tokens for s in cut) == q_len
     assert all((s.position + s.tokens - 1) // 64 < s.chunks for s in cut)

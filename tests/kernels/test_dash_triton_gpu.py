@@ -1,10 +1,8 @@
 """The Triton forward pass on a GPU: pytest -m gpu tests/kernels"""
 
-from typing import Any
-
 import pytest
 import torch
-from dash_cases import TOLERANCE, Case, call, covering_array, error_against_reference, in_processes
+from dash_cases import TOLERANCE, Case, call, covering_array, error_against_reference
 
 from dash_train.kernels.dash import dash_attention
 
@@ -13,23 +11,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 CASES = covering_array()
 
 
-def outcome(case: Case) -> dict[str, Any]:
-    error, stats, truth = error_against_reference(*call(case, 150 if case.chunk_size == 16 else 11, "cuda"))
-    torch.cuda.empty_cache()
-    same_chunks = torch.equal(stats.active_chunks, truth.active_chunks)
-    return {"error": error, "residual": float(stats.residual), "same_chunks": same_chunks}
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[Case, dict[str, Any]]:
-    return dict(zip(CASES, in_processes(outcome, CASES), strict=True))
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(outcomes, case):
-    assert outcomes[case]["error"] < TOLERANCE[case.dtype]
-    assert outcomes[case]["residual"] <= 1e-6
-    assert outcomes[case]["same_chunks"]
+def test_equals_the_reference(case):
+    error, stats, truth = error_against_reference(*call(case, 150 if case.chunk_size == 16 else 11, "cuda"))
+    assert error < TOLERANCE[case.dtype]
+    assert stats.residual <= 1e-6
+    assert torch.equal(stats.active_chunks, truth.active_chunks)
 
 
 @pytest.mark.parametrize("scale", [0.1, 2.0, 12.0], ids=["dense", "middling", "sparse"])
@@ -85,6 +72,7 @@ def test_the_host_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_31_elements():
     """The last of many documents equals that document alone."""
     seq, document = 2**20 + 8192, 8192

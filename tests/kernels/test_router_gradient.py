@@ -51,3 +51,14 @@ def test_on_cuda():
     truth = router_gradient(dout.double(), *[t.double() for t in tensors], **options)
     for one, expected in zip(ours, truth, strict=True):
         assert relative_error(one, expected) < 3e-2
+
+
+@pytest.mark.gpu
+def test_reference_on_cuda():
+    """In fp32, where attention is SDPA, as in float64."""
+    tensors, options = call(Case(dtype=torch.float32, head_dim=64, group=4, chunk_size=64), 20, "cuda")
+    dout = torch.randn_like(tensors[0])
+    ours = router_gradient(dout, *tensors, **options, backend="reference")
+    truth = router_gradient(dout.double(), *[t.double() for t in tensors], **options, backend="reference")
+    for one, expected in zip(ours, truth, strict=True):
+        assert relative_error(one, expected) < 1e-3

@@ -108,6 +108,7 @@ def test_rows_do_not_depend_on_the_batch():
         assert torch.equal(alone_report.tokens_read[0], report.tokens_read[row])
 
 
+@pytest.mark.alone
 def test_more_than_2_to_the_31_elements():
     """The last of many rows equals that row alone."""
     batch, capacity, kv_heads, head_dim = 5, 524_288, 8, 128
