@@ -74,7 +74,7 @@ def test_the_host_never_waits():
 
 @pytest.mark.alone
 def test_more_than_2_to_the_31_elements():
-    """The last of many documents equals that document alone, but for routing's last bits: it is routed in other steps."""
+    """The last of many documents equals that document alone, but for the last bits: it is routed in other steps."""
     seq, document = 2**20 + 8192, 8192
     q = torch.randn(1, seq, 16, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, seq, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
