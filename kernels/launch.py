@@ -30,7 +30,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         value = argument
         if isinstance(argument, Tensor):
             value = argument.data_ptr()
-            traits += argument.dtype, value % 16
+            traits += argument.dtype, value % 16 == 0
         elif isinstance(argument, TensorDescriptor):
             traits += argument.base.dtype, *argument.block_shape
         else:
