@@ -114,9 +114,14 @@ def test_a_million_tokens():
 
 
 def failures(cases: list[Case]) -> list[str]:
+    """What went wrong in which case: one that raises does not keep the others from being checked."""
     found = []
     for case in cases:
-        errors = gradient_errors(*call(case, 7, "cuda"))
+        try:
+            errors = gradient_errors(*call(case, 7, "cuda"))
+        except Exception as error:
+            found.append(f"{case}: {type(error).__name__}: {error}")
+            continue
         if not all(error < TOLERANCE[case.dtype] for error in errors.values()):
             found.append(f"{case}: {errors}")
     torch.cuda.empty_cache()
