@@ -115,10 +115,10 @@ def gradient_errors(tensors: list[Tensor], options: dict[str, Any]) -> dict[str,
 def in_processes(function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
     """function(argument) of each, on all GPUs, by many processes: most of it is compiling.
 
-    At most 12 processes share a GPU: where kernels spill (fp32, head_dim 256) each takes gigabytes. Triton's cache on
+    At most 9 processes share a GPU: where kernels spill (fp32, head_dim 256) each takes 4 to 7 GiB. Triton's cache on
     disk keeps what they compiled. Fresh memory holds NaN and huge integers.
     """
-    workers = min(os.cpu_count() or 1, 12 * torch.cuda.device_count())
+    workers = min(os.cpu_count() or 1, 9 * torch.cuda.device_count())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         return list(pool.map(function, arguments))
 
