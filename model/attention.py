@@ -6,17 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dash_train.kernels.dash import chunk_summaries, dash_attention, find_routing_scale, update_summaries
+from dash_train.kernels.dash import RoutingCounts, chunk_summaries, dash_attention, find_routing_scale, update_summaries
 from dash_train.model.cache import Cache
+from dash_train.model.checkpointing import attention_of_block
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.decoding import attend_step
 from dash_train.model.full_attention import BlockMask, full_attention
 from dash_train.model.fused import RMSNorm, apply_rotary
 from dash_train.model.layers import Linear
-
-# Of a forward with labels, per layer: the fields of the kernels' RoutingTotals, in their order.
-STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active", "residual")
 
 
 class Attention(nn.Module):
@@ -61,24 +59,24 @@ class Attention(nn.Module):
         mask: Tensor | BlockMask | None = None,
         cache: Cache | None = None,
         context: Context = WHOLE_ROWS,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output `[batch, seq, hidden_size]`, and STATISTICS `[5]` fp32 (zeros but for Dash layers).
+    ) -> tuple[Tensor, RoutingCounts | None]:
+        """Attention output `[batch, seq, hidden_size]`, and what a Dash layer routed.
 
-        `mask` is full attention's, None where causality is all; `real` only says which tokens the statistics count.
+        `mask` is full attention's, None where causality is all; `real` only says which tokens a cache counts.
         Where `context` shares the rows among ranks, `hidden` and the output are this rank's share, `document_starts`
         those of whole rows, `mask` and `real` those of the queries that attend here.
-        With a cache, which is filled and counts for itself, there are no statistics, documents, masks or shares.
+        With a cache, which is filled and counts for itself, there are no counts, documents, masks or shares.
         """
         q, k, v = self.queries_keys_values(hidden, rotary, context)
-        statistics = None
+        counts = None
         if cache is not None:
             out = self._step(q, k, v, cache) if cache.start is None else self._prompt(q, k, v, real, cache)
         elif self.attention_type == "full":
-            out = full_attention(q, k, v, mask, context.query_starts(k.shape[1]))
-            statistics = hidden.new_zeros(len(STATISTICS), dtype=torch.float32)
+            with attention_of_block():
+                out = full_attention(q, k, v, mask, context.query_starts(k.shape[1]))
         else:
-            out, statistics = self._dash_attention(q, k, v, document_starts, real, context)
-        return self.o_proj(context.return_outputs(out).flatten(2)), statistics
+            out, counts = self._dash_attention(q, k, v, document_starts, real, context)
+        return self.o_proj(context.return_outputs(out).flatten(2)), counts
 
     def queries_keys_values(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], context: Context = WHOLE_ROWS
@@ -106,7 +104,7 @@ class Attention(nn.Module):
         document_starts: Tensor | None,
         real: Tensor | None,
         context: Context,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, RoutingCounts]:
         chunk_query = context.own_heads(self.chunk_query)
         query_starts = context.query_starts(k.shape[1])
         if self.calibrate_to is not None:
@@ -127,10 +125,11 @@ class Attention(nn.Module):
             "backend": self.config.attention.backend,
             **self._routing(),
         }
-        out, stats = dash_attention(q, k, v, chunk_query, return_stats=True, **options)
+        with attention_of_block():
+            out, stats = dash_attention(q, k, v, chunk_query, return_stats=True, **options)
         if self.watch is not None:
             self.watch((q, k, v, chunk_query, out), options)
-        return out, torch.stack(stats.summary(real)).float()
+        return out, stats.counts
 
     def _routing(self) -> dict[str, Any]:
         """How this layer routes: keywords of dash_attention and dash_decode alike."""

@@ -4,8 +4,10 @@
 log-sum-exp), so that everything but attention is computed again. The inputs can wait in host memory: `offload.py`.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,22 +32,43 @@ def run_block(block: Callable[..., Any], inputs: tuple[Any, ...], policy: Activa
     """block(*inputs), whose backward pass keeps and recomputes what the policy says."""
     if policy == "none" or not torch.is_grad_enabled():
         return block(*inputs)
-    contexts = _keep_attention if policy == "selective" else noop_context_fn
+    contexts = _keep_and_recall if policy == "selective" else noop_context_fn
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _keep_attention() -> tuple["_Keep", "_Recall"]:
+def attention_of_block() -> AbstractContextManager[Any]:
+    """Entered around a block's attention: where the policy is `selective`, its results are kept or recalled.
+
+    Around nothing more, because what watches operators delays the launch of each.
+    """
+    return getattr(_this_thread, "mode", None) or nullcontext()
+
+
+_this_thread = threading.local()  # the backward pass has a thread of its own
+
+
+@contextmanager
+def _during_block(mode: "_AttentionMode") -> Iterator[None]:
+    before = getattr(_this_thread, "mode", None)
+    _this_thread.mode = mode
+    try:
+        yield
+    finally:
+        _this_thread.mode = before
+
+
+def _keep_and_recall() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of one block's forward pass and of its recomputation.
 
     torch's create_selective_checkpoint_contexts demands the same operators of both, which ZeRO-3's gathering of weights
     does not keep to.
     """
     kept: deque[Any] = deque()
-    return _Keep(kept), _Recall(kept)
+    return _during_block(_Keep(kept)), _during_block(_Recall(kept))
 
 
 class _AttentionMode(TorchDispatchMode):
-    """Sees every operator; subclasses deal with attention's."""
+    """Sees every operator that is called under it; subclasses deal with attention's."""
 
     def __init__(self, kept: deque[Any]) -> None:
         super().__init__()

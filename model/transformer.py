@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dash_train.model.attention import STATISTICS, Attention
+from dash_train.kernels.dash import RoutingCounts, count_eligible, routing_totals
+from dash_train.kernels.dash.stats import tile_tokens
+from dash_train.model.attention import Attention
 from dash_train.model.cache import Cache
 from dash_train.model.checkpointing import run_block
 from dash_train.model.config import ActivationCheckpointing, ModelConfig
@@ -22,6 +24,8 @@ from dash_train.model.loss import LanguageModelHead
 from dash_train.model.offload import HostMemory, Offload
 from dash_train.model.rotary import rotary_tables
 
+# Of a forward with labels, per layer: the fields of the kernels' RoutingTotals, in their order.
+STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active", "residual")
 MLP_TOKENS = 131072  # of a row that go through the MLP together
 
 
@@ -57,13 +61,13 @@ class Block(nn.Module):
         mask: Tensor | BlockMask | None = None,
         cache: Cache | None = None,
         context: Context = WHOLE_ROWS,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next hidden states `[batch, seq, hidden_size]`, and the attention's statistics (None with a cache)."""
+    ) -> tuple[Tensor, RoutingCounts | None]:
+        """The next hidden states `[batch, seq, hidden_size]`, and what a Dash layer routed (None with a cache)."""
         normed = self.input_layernorm(hidden)
-        attended, statistics = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
+        attended, counts = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
         hidden = hidden + attended
         del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
-        return self._add_mlp_in_pieces(hidden), statistics
+        return self._add_mlp_in_pieces(hidden), counts
 
     def _add_mlp_in_pieces(self, hidden: Tensor) -> Tensor:
         """A very long row goes through the MLP in pieces, computed again in the backward pass: its wide intermediates
@@ -108,7 +112,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         context: Context = WHOLE_ROWS,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states `[batch, seq, hidden_size]`, and the layers' attention statistics `[layers, 5]` fp32.
+        """Hidden states `[batch, seq, hidden_size]`, and the layers' STATISTICS `[layers, 5]` fp32.
 
         Where `context` shares the rows among ranks, those of this rank's tokens. With a cache, prompts are read piece
         by piece, and there are no statistics.
@@ -124,10 +128,10 @@ class Transformer(nn.Module):
             positions = positions - document_starts
         if real is not None:
             real = context.at_queries(real)
-        hidden, statistics = self._blocks(
+        hidden, counts = self._blocks(
             context.share(tokens), context.share(positions), real, document_starts, mask, context=context
         )
-        return self.norm(hidden), torch.stack(statistics)
+        return self.norm(hidden), self._statistics(counts, tokens, document_starts, real, context)
 
     def _blocks(
         self,
@@ -138,19 +142,41 @@ class Transformer(nn.Module):
         mask: Tensor | BlockMask | None = None,
         cache: Cache | None = None,
         context: Context = WHOLE_ROWS,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states after the last block, and each block's statistics."""
+    ) -> tuple[Tensor, list[RoutingCounts | None]]:
+        """Hidden states after the last block, and what each block's router did."""
         rotary = rotary_tables(positions, self.config)
         hidden = self.embed_tokens(tokens)
         offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
-        statistics = []
+        counts = []
         for index, block in enumerate(self.layers):
             inputs = (hidden, rotary, document_starts, real, mask, cache, context)
             is_last = index == len(self.layers) - 1  # the backward pass begins with it: its input stays
             with offload.of(hidden) if offload and not is_last else nullcontext():
-                hidden, layer_statistics = run_block(block, inputs, self.activation_checkpointing)
-            statistics.append(layer_statistics)
-        return hidden, statistics
+                hidden, layer_counts = run_block(block, inputs, self.activation_checkpointing)
+            counts.append(layer_counts)
+        return hidden, counts
+
+    def _statistics(
+        self,
+        counts: list[RoutingCounts | None],
+        tokens: Tensor,
+        document_starts: Tensor | None,
+        real: Tensor | None,
+        context: Context,
+    ) -> Tensor:
+        """STATISTICS of each layer, `[layers, 5]` fp32: zeros but for Dash layers."""
+        nothing = torch.zeros(len(STATISTICS), device=tokens.device)
+        routed = [layer for layer in counts if layer is not None]
+        if not routed:
+            return nothing.expand(len(counts), -1)
+        starts = torch.zeros_like(tokens[:1]) if document_starts is None else document_starts
+        query_starts = context.query_starts(tokens.shape[1])
+        q_len = routed[0].active_chunks.shape[-1]
+        eligible = count_eligible(starts, query_starts, q_len, self.config.attention.chunk_size)
+        tile = tile_tokens(self.config.heads // self.config.kv_heads)
+        totals = routing_totals(routed, eligible, real, tile, len(query_starts))
+        rows = iter(torch.stack(totals, dim=1).float())
+        return torch.stack([nothing if layer is None else next(rows) for layer in counts])
 
 
 class LanguageModel(nn.Module):

@@ -56,17 +56,21 @@ class Rows:
                     del row[: self.seq]
 
 
-def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.device) -> list[float | None]:
-    """Set every Dash layer's routing scale so that the first row's density is `density`; return the union factors."""
+def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.device) -> None:
+    """Set every Dash layer's routing scale so that the first row's density is `density`."""
     model.config.attention.initial_density = density
+    calibrate_routing_scale(model, next(rows.micro_batches())["tokens"].to(device))
+
+
+def union_factor(model: LanguageModel, rows: Rows, device: torch.device) -> float | None:
+    """The mean over the layers, on the first row."""
     batch = {name: tensor.to(device) for name, tensor in next(rows.micro_batches()).items()}
-    calibrate_routing_scale(model, batch["tokens"])
     totals = Totals(model.config.layers, model.config.kv_heads, device)
     with torch.no_grad():
         totals.add(model(batch["tokens"], labels=torch.full_like(batch["tokens"], IGNORE)), rows.seq)
     if model.context.size > 1:  # each rank has counted its own tokens
         totals.reduce()
-    return totals.per_layer()["union_factor"]
+    return mean(totals.per_layer()["union_factor"])
 
 
 def rows_with_locality(model: LanguageModel, seq: int, density: float, device: torch.device) -> Rows:
@@ -79,7 +83,8 @@ def rows_with_locality(model: LanguageModel, seq: int, density: float, device: t
     repeat = FIRST_REPEAT
     for _ in range(SEARCHES):
         rows = Rows(seq, model.config.vocab_size, repeat)
-        union = mean(set_density(model, rows, density, device))
+        set_density(model, rows, density, device)
+        union = union_factor(model, rows, device)
         if union is None or UNION[0] <= union <= UNION[1]:
             return rows
         repeat = max(1, round(repeat * (union - 1) / (sum(UNION) / 2 - 1))) | 1

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, help="times each random token id stands (default: found, U = 1.2 to 1.4)")
     parser.add_argument("--text", action="store_true", help="the standard library's bytes in place of random ids")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
+    parser.add_argument("--no-warm-up", action="store_true", help="time the first step too: for rows of minutes a step")
     parser.add_argument("--step-tokens", type=int, default=131072, help="tokens of a step on each GPU; at least a row")
     parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
     parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
@@ -168,7 +169,8 @@ def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[
         else:
             trainee, rows = Theirs(recipe, column, world.device), _plain_rows(args, recipe)
         row["repeat"] = rows.repeat
-        row |= _measure(trainee, rows, recipe, world, micro_batches, args.steps)
+        warm_up = 0 if args.no_warm_up else min(micro_batches, WARM_UP_MICRO_BATCHES)
+        row |= _measure(trainee, rows, recipe, world, micro_batches, args.steps, warm_up)
     except torch.OutOfMemoryError:
         row["error"] = "out of memory"
     if trainee is not None:
@@ -207,15 +209,15 @@ def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: Worl
 
 
 def _measure(
-    trainee: Trainee, rows: Rows, recipe: Recipe, world: World, micro_batches: int, steps: int
+    trainee: Trainee, rows: Rows, recipe: Recipe, world: World, micro_batches: int, steps: int, warm_up: int
 ) -> dict[str, Any]:
     """Medians over the timed steps; the router's statistics over all of them."""
     device = world.device
     shared = recipe.parallel.context  # ranks that share a row
     batches = rows.micro_batches(world.rank // shared)
     _reset_peak_memory(device)
-    warm_up = Totals(recipe.model.layers, recipe.model.kv_heads, device)
-    trainee.step(batches, min(micro_batches, WARM_UP_MICRO_BATCHES), warm_up).seconds()
+    if warm_up:
+        trainee.step(batches, warm_up, Totals(recipe.model.layers, recipe.model.kv_heads, device)).seconds()
 
     totals = Totals(recipe.model.layers, recipe.model.kv_heads, device)
     seconds, phases = [], []

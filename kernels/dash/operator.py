@@ -16,7 +16,7 @@ from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.routing import new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.stats import DashStats
+from dash_train.kernels.dash.stats import DashStats, count_eligible
 from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.tiles import new_lists, shape_of
 
@@ -42,22 +42,16 @@ def dash_attention_triton(
     if not return_stats:
         return out, None
     shape = shape_of(q, k, config.chunk_size)
-    piece = shape.q_len // len(query_starts)
-    eligible = [
-        torch.arange(start, start + piece, device=q.device) // config.chunk_size
-        - document_starts[:, start : start + piece] // config.chunk_size
-        for start in query_starts
-    ]
     stats = DashStats(
         tau=tau,
         row_max=row_max,
         normalizer=normalizer,
         active_chunks=active_chunks,
-        eligible_chunks=torch.cat(eligible, -1).int().expand(shape.batch, -1),
         union_chunks=union_chunks,
         residual=residual.amax(),
         tile=shape.tile_tokens,
         pieces=len(query_starts),
+        count_eligible=lambda: count_eligible(document_starts, query_starts, shape.q_len, config.chunk_size),
         support=lambda: _support(q, k, chunk_query, config, document_starts, query_starts),
     )
     return out, stats

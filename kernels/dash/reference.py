@@ -18,7 +18,7 @@ from dash_train.kernels.dash.stages import (
     summarize,
     whole_chunks,
 )
-from dash_train.kernels.dash.stats import DashStats, tile_tokens
+from dash_train.kernels.dash.stats import DashStats, count_eligible, tile_tokens
 
 # Elements of one block's score matrix [batch, heads, rows, keys]; a handful of such matrices live at a time.
 SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**27}
@@ -85,17 +85,16 @@ def dash_attention_reference(
         else attend_rows(rows_of(block), config)
         for block in blocks
     ]
-    batch, pieces = q.shape[0], len(query_starts)
     stats = DashStats(
         tau=torch.cat([a.tau for a in attended], -1).flatten(1, 2),
         row_max=torch.cat([a.row_max for a in attended], -1).flatten(1, 2),
         normalizer=torch.cat([a.normalizer for a in attended], -1),
         active_chunks=torch.cat([a.active_chunks for a in attended], -1),
-        eligible_chunks=torch.cat([a.eligible_chunks for a in attended], -1).expand(batch, -1),
         union_chunks=torch.cat([a.union_chunks for a in attended], -1),
         residual=torch.stack([a.residual for a in attended]).amax(),
         tile=tile_tokens(group),
-        pieces=pieces,
+        pieces=len(query_starts),
+        count_eligible=lambda: count_eligible(document_starts, query_starts, q.shape[1], config.chunk_size),
         support=whole_support,
     )
     out = torch.cat([a.out for a in attended], 3).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -70,7 +70,6 @@ class Attended(NamedTuple):
     row_max: Tensor
     normalizer: Tensor
     active_chunks: Tensor
-    eligible_chunks: Tensor  # [1 or batch, rows]
     union_chunks: Tensor
     residual: Tensor
 
@@ -186,7 +185,6 @@ def attend_rows(rows: Rows, config: DashConfig) -> Attended:
         routing.row_max,
         normalizer,
         active_chunks=routing.routed.sum(-1, dtype=torch.int32),
-        eligible_chunks=(own_chunk - rows.starts // config.chunk_size).int(),
         union_chunks=tiles.any(3).sum(-1, dtype=torch.int32),
         residual=routing.residual,
     )

@@ -1,6 +1,6 @@
 """What one call of dash_attention routed: thresholds, sizes of the routed sets, and two ratios that decide speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +14,31 @@ def tile_tokens(group: int) -> int:
     return max(1, 64 // group)
 
 
+def count_eligible(document_starts: Tensor, query_starts: tuple[int, ...], q_len: int, chunk_size: int) -> Tensor:
+    """How many chunks lie between a token's document's first and its own: int32 [batch or 1, q_len].
+
+    document_starts [batch or 1, seq]; the queries are equal pieces, the i-th from position query_starts[i] on.
+    """
+    piece = q_len // len(query_starts)
+    pieces = [
+        torch.arange(start, start + piece, device=document_starts.device) // chunk_size
+        - document_starts[:, start : start + piece] // chunk_size
+        for start in query_starts
+    ]
+    return torch.cat(pieces, -1).int()
+
+
+class RoutingCounts(NamedTuple):
+    """The part of DashStats that RoutingTotals are made of, without the tensors that `support` keeps alive."""
+
+    active_chunks: Tensor
+    union_chunks: Tensor
+    residual: Tensor
+
+
 class RoutingTotals(NamedTuple):
-    """Sums over real tokens: float64 scalars on the device, to be added up over layers and micro-batches.
+    """Sums over real tokens, float64 on the device, to be added up over micro-batches: of one layer scalars, of
+    several [layers].
 
     density = active / eligible; union factor = union / tiled_active. `residual` is a maximum, not a sum.
     """
@@ -25,6 +48,38 @@ class RoutingTotals(NamedTuple):
     union: Tensor  # T * sum of |union of R(t)| over the tiles of T real tokens
     tiled_active: Tensor  # sum of |R(t)| over those tiles
     residual: Tensor  # worst |sum p - 1|
+
+
+def routing_totals(
+    layers: Sequence[RoutingCounts], eligible_chunks: Tensor, real: Tensor | None, tile: int, pieces: int
+) -> RoutingTotals:
+    """The totals [layers] of layers that attended over the same rows, in a handful of launches for all of them.
+
+    eligible_chunks [batch or 1, q_len] of count_eligible; real bool [batch, q_len], default all; tile and pieces as in
+    DashStats.
+    """
+    active = torch.stack([layer.active_chunks for layer in layers])
+    _, batch, kv_heads, q_len = active.shape
+    if real is None:
+        real = torch.ones(batch, q_len, dtype=torch.bool, device=active.device)
+    active = active * real[:, None]
+    tile_active = _tiles(active, tile, pieces).sum(-1)
+    tile_is_real = _tiles(real[:, None], tile, pieces).all(-1)
+    union = torch.stack([layer.union_chunks for layer in layers])
+    return RoutingTotals(
+        active=active.sum((1, 2, 3)).double(),
+        eligible=((eligible_chunks * real).sum().double() * kv_heads).expand(len(layers)),
+        union=(union * tile_is_real).sum((1, 2, 3)).double() * tile,
+        tiled_active=(tile_active * tile_is_real).sum((1, 2, 3)).double(),
+        residual=torch.stack([layer.residual for layer in layers]).double(),
+    )
+
+
+def _tiles(per_token: Tensor, tile: int, pieces: int) -> Tensor:
+    """[..., q_len] -> [..., tiles, tile], each piece filled up with zeros."""
+    by_piece = per_token.unflatten(-1, (pieces, -1))
+    filled = F.pad(by_piece, (0, -by_piece.shape[-1] % tile))
+    return filled.flatten(-2).unflatten(-1, (-1, tile))
 
 
 @dataclass(frozen=True)
@@ -40,12 +95,22 @@ class DashStats:
     row_max: Tensor  # [batch, heads, q_len]
     normalizer: Tensor  # [batch, kv_heads, q_len]: the mean or maximum of log pbar over R(t); 0 for "none"
     active_chunks: Tensor  # [batch, kv_heads, q_len] int32: |R(t)|, the own chunk not counted
-    eligible_chunks: Tensor  # [batch, q_len] int32
     union_chunks: Tensor  # [batch, kv_heads, tiles] int32: |union of R(t)| over T consecutive query tokens of a piece
     residual: Tensor  # scalar: worst |sum p - 1| over the rows with an eligible chunk
     tile: int  # T
     pieces: int  # query pieces; tiles begin anew with each
+    count_eligible: Callable[[], Tensor]  # -> eligible_chunks, which take several launches
     support: Callable[[], Tensor]  # -> bool [batch, heads, q_len, chunks]: r > 0, chunks = ceil(seq / chunk_size)
+
+    @property
+    def eligible_chunks(self) -> Tensor:
+        """int32 [batch, q_len]: the chunks that a token chooses from."""
+        return self.count_eligible().expand(self.active_chunks.shape[0], -1)
+
+    @property
+    def counts(self) -> RoutingCounts:
+        """For routing_totals."""
+        return RoutingCounts(self.active_chunks, self.union_chunks, self.residual)
 
     @property
     def density(self) -> Tensor:
@@ -60,22 +125,5 @@ class DashStats:
 
     def summary(self, real: Tensor | None = None) -> RoutingTotals:
         """Sums over the tokens that `real` (bool [batch, q_len]; default all) marks: pads count in no statistic."""
-        batch, kv_heads, q_len = self.active_chunks.shape
-        if real is None:
-            real = torch.ones(batch, q_len, dtype=torch.bool, device=self.tau.device)
-        active = self.active_chunks * real[:, None]
-        tile_active = self._tiles(active).sum(-1)
-        tile_is_real = self._tiles(real[:, None]).all(-1)
-        return RoutingTotals(
-            active=active.sum().double(),
-            eligible=(self.eligible_chunks * real).sum().double() * kv_heads,
-            union=(self.union_chunks * tile_is_real).sum().double() * self.tile,
-            tiled_active=(tile_active * tile_is_real).sum().double(),
-            residual=self.residual.double(),
-        )
-
-    def _tiles(self, per_token: Tensor) -> Tensor:
-        """[..., q_len] -> [..., tiles, T], each piece filled up with zeros."""
-        pieces = per_token.unflatten(-1, (self.pieces, -1))
-        filled = F.pad(pieces, (0, -pieces.shape[-1] % self.tile))
-        return filled.flatten(-2).unflatten(-1, (-1, self.tile))
+        totals = routing_totals([self.counts], self.eligible_chunks, real, self.tile, self.pieces)
+        return RoutingTotals(*(total[0] for total in totals))

@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 
 from dash_train.generation import generate
-from dash_train.model.attention import STATISTICS
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import Context
-from dash_train.model.transformer import LanguageModel
+from dash_train.model.transformer import STATISTICS, LanguageModel
 from dash_train.parallel import World
 from dash_train.router_gradients import RouterGradients
 
