@@ -1,7 +1,6 @@
 """The weights a run starts from: random, or those of another run or of an exported folder (`init.from`)."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +81,14 @@ def build_model(
     recipe: Recipe,
     load: Callable[[], dict[str, Tensor]] | None,
     deepspeed_config: dict[str, Any],
+    device: torch.device,
     context: Context = WHOLE_ROWS,
 ) -> LanguageModel:
     """The model with its initial weights, drawn from `train.seed` or read by `load`; `context` is the ranks that share
     its rows.
 
-    Under ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
+    Weights are drawn on `device`, as zero.Init does: the same ones at every ZeRO stage, and within seconds. Under
+    ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
 
     Raises:
         UserError: the weights do not fit the model.
@@ -96,7 +97,7 @@ def build_model(
 
     torch.manual_seed(recipe.train.seed)
     partitioned = recipe.parallel.zero_stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext():
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else device:
         model = LanguageModel(
             recipe.model.model_copy(deep=True),
             activation_checkpointing=recipe.train.activation_checkpointing,

@@ -70,7 +70,7 @@ class Trainer:
         self.deepspeed_config = deepspeed_config(recipe)
         load = source.load if source and not resumed else None
         with naming_the_lever(recipe, self.world.size, building=True):
-            model = build_model(recipe, load, self.deepspeed_config, self.context)
+            model = build_model(recipe, load, self.deepspeed_config, self.device, self.context)
             self.model_config = model.config
             self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)

@@ -9,7 +9,6 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -104,9 +103,7 @@ class Ours:
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         config, self.context = deepspeed_config(recipe), join_context(world, recipe.parallel)
-        # Weights drawn on the device: no minute of waiting. zero.Init places its own.
-        with world.device if recipe.parallel.zero_stage < 3 else nullcontext():
-            model = build_model(recipe, None, config, self.context)
+        model = build_model(recipe, None, config, world.device, self.context)
         self.world, self.engine = world, build_engine(model, recipe, config)
 
     def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:

@@ -10,7 +10,7 @@ import yaml
 from torch.nn import functional as F
 
 from dash_train.benchmark import train
-from dash_train.benchmark.inputs import Rows, rows_with_locality, set_density
+from dash_train.benchmark.inputs import Rows, rows_with_locality, set_density, union_factor
 from dash_train.benchmark.peer import Peer, PeerOptimizer
 from dash_train.data.loader import IGNORE
 from dash_train.model.config import ModelConfig
@@ -94,14 +94,17 @@ def test_more_repeats_mean_less_union(monkeypatch):
     """The search finds the number of repeats at which the union factor lies where it was wanted."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(**SHAPE, rope_theta=1e6, attention={"chunk_size": 16, "type": "dash"}))
-    unions = [sum(set_density(model, Rows(512, 64, repeat), 0.4, CPU)) / 2 for repeat in (1, 41)]
+    unions = []
+    for repeat in (1, 41):
+        rows = Rows(512, 64, repeat)
+        set_density(model, rows, 0.4, CPU)
+        unions.append(union_factor(model, rows, CPU))
     assert unions[0] > unions[1] > 1
     wanted = ((unions[0] + unions[1]) / 2 - 0.1, (unions[0] + unions[1]) / 2 + 0.1)
     monkeypatch.setattr("dash_train.benchmark.inputs.UNION", wanted)
     found = rows_with_locality(model, 512, 0.4, CPU)
     assert 1 < found.repeat < 41
-    union = sum(set_density(model, found, 0.4, CPU)) / 2
-    assert sum(wanted) / 2 == pytest.approx(union, abs=0.25)
+    assert sum(wanted) / 2 == pytest.approx(union_factor(model, found, CPU), abs=0.25)
 
 
 def test_the_whole_program(tmp_path):
