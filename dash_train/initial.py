@@ -1,6 +1,7 @@
 """The weights a run starts from: random, or those of another run or of an exported folder (`init.from`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ def build_model(
     """The model with its initial weights, drawn from `train.seed` or read by `load`; `context` is the ranks that share
     its rows.
 
-    Weights are drawn on `device`, as zero.Init does: the same ones at every ZeRO stage, and within seconds. Under
-    ZeRO-3 each weight is partitioned as soon as it exists, so that no rank ever holds the whole model.
+    Weights are drawn on `device` and in the precision of training, as zero.Init does: the same ones at every ZeRO
+    stage, within seconds, and never in more memory than the model will take. Under ZeRO-3 each weight is partitioned
+    as soon as it exists, so that no rank ever holds the whole model.
 
     Raises:
         UserError: the weights do not fit the model.
@@ -97,7 +99,8 @@ def build_model(
 
     torch.manual_seed(recipe.train.seed)
     partitioned = recipe.parallel.zero_stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else device:
+    placed = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else device
+    with placed, _default_dtype(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32):
         model = LanguageModel(
             recipe.model.model_copy(deep=True),
             activation_checkpointing=recipe.train.activation_checkpointing,
@@ -107,6 +110,16 @@ def build_model(
     if load is not None:
         _copy_weights(model, load(), str(recipe.init.from_))
     return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _copy_weights(model: LanguageModel, weights: dict[str, Tensor], origin: str) -> None:
