@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from dash_train.kernels.dash import dash_attention, find_routing_scale, routing_density
+from dash_train.kernels.dash import (
+    count_eligible,
+    dash_attention,
+    find_routing_scale,
+    routing_density,
+    routing_totals,
+)
 from dash_train.kernels.entmax import entmax15
 
 CHUNK = 16
@@ -73,6 +79,17 @@ def test_summary_adds_up_real_tokens_only():
     whole_tiles[0, 2] = whole_tiles[1, 6:] = False
     assert part.union == 16 * stats.union_chunks.mul(whole_tiles[:, None]).sum()
     assert part.tiled_active == stats.active_chunks.unflatten(2, (8, 16)).sum(-1).mul(whole_tiles[:, None]).sum()
+
+
+def test_layers_are_totalled_together_as_each_alone():
+    layers = [run(*inputs(), document_starts=STARTS) for _ in range(3)]
+    real = torch.ones(2, 128, dtype=torch.bool)
+    real[1, 90:] = False
+    eligible = count_eligible(STARTS, (0,), 128, CHUNK)
+    together = routing_totals([layer.counts for layer in layers], eligible, real, layers[0].tile, 1)
+    for index, layer in enumerate(layers):
+        assert layer.summary(real) == tuple(total[index] for total in together)
+    assert len({total.item() for total in together.active}) > 1
 
 
 def test_tiles_of_pieces_and_of_a_ragged_end():
