@@ -28,6 +28,9 @@ ATTENTION = (
 )
 
 
+_this_thread = threading.local()  # the backward pass has a thread of its own
+
+
 def run_block(block: Callable[..., Any], inputs: tuple[Any, ...], policy: ActivationCheckpointing) -> Any:
     """block(*inputs), whose backward pass keeps and recomputes what the policy says."""
     if policy == "none" or not torch.is_grad_enabled():
@@ -42,9 +45,6 @@ def attention_of_block() -> AbstractContextManager[Any]:
     Around nothing more, because what watches operators delays the launch of each.
     """
     return getattr(_this_thread, "mode", None) or nullcontext()
-
-
-_this_thread = threading.local()  # the backward pass has a thread of its own
 
 
 @contextmanager
