@@ -114,25 +114,17 @@ def test_a_million_tokens():
 
 
 def failures(cases: list[Case]) -> list[str]:
-    """What went wrong in which case: one that raises does not keep the others from being checked.
-
-    Above the limit a case is drawn once more. A chunk that is barely routed magnifies the rounding of fp32 scores, the
-    slope of its prior being 2 / (z - tau): one draw in some thousands exceeds it, and with torch in fp32 just as often.
-    """
+    """What went wrong in which case: one that raises does not keep the others from being checked."""
     found = []
     for case in cases:
-        draws = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            try:
-                draws.append(gradient_errors(*call(case, 7, "cuda")))
-            except Exception as error:
-                found.append(f"{case}: {type(error).__name__}: {error}")
-                break
-            if all(error < TOLERANCE[case.dtype] for error in draws[-1].values()):
-                break
-        else:
-            found.append(f"{case}: {draws}")
+        torch.manual_seed(0)  # the same draw in whichever process
+        try:
+            errors = gradient_errors(*call(case, 7, "cuda"))
+        except Exception as error:
+            found.append(f"{case}: {type(error).__name__}: {error}")
+            continue
+        if not all(error < TOLERANCE[case.dtype] for error in errors.values()):
+            found.append(f"{case}: {errors}")
     torch.cuda.empty_cache()
     return found
 
