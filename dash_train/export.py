@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from dash_train import checkpoint
 from dash_train.checkpoint import TrainState
 from dash_train.conversion import check_new, export
 from dash_train.data.tokenizer import load_tokenizer
+from dash_train.initial import DTYPES
 from dash_train.metrics import read_metrics
 from dash_train.model.config import ModelConfig
 
@@ -32,7 +32,7 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
         load_tokenizer(run_dir / "tokenizer"),
         out,
         max_seq=state.recipe["train"]["seq"],
-        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[state.recipe["train"]["precision"]],
+        dtype=DTYPES[state.recipe["train"]["precision"]],
         card=model_card(Path(out).name, config, state, read_metrics(run_dir)),
     )
     return found

@@ -18,6 +18,7 @@ from dash_train.model.transformer import LanguageModel
 from dash_train.recipe import Recipe, merge
 
 VOCAB_MULTIPLE = 64
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the weights, by train.precision
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def build_model(
     torch.manual_seed(recipe.train.seed)
     partitioned = recipe.parallel.zero_stage == 3
     placed = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else device
-    with placed, _default_dtype(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32):
+    with placed, _default_dtype(DTYPES[recipe.train.precision]):
         model = LanguageModel(
             recipe.model.model_copy(deep=True),
             activation_checkpointing=recipe.train.activation_checkpointing,

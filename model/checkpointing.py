@@ -28,7 +28,13 @@ ATTENTION = (
 )
 
 
-_this_thread = threading.local()  # the backward pass has a thread of its own
+class _Thread(threading.local):
+    """The backward pass has a thread of its own."""
+
+    mode: "_AttentionMode | None" = None
+
+
+_this_thread = _Thread()
 
 
 def run_block(block: Callable[..., Any], inputs: tuple[Any, ...], policy: ActivationCheckpointing) -> Any:
@@ -44,12 +50,12 @@ def attention_of_block() -> AbstractContextManager[Any]:
 
     Around nothing more, because what watches operators delays the launch of each.
     """
-    return getattr(_this_thread, "mode", None) or nullcontext()
+    return _this_thread.mode or nullcontext()
 
 
 @contextmanager
 def _during_block(mode: "_AttentionMode") -> Iterator[None]:
-    before = getattr(_this_thread, "mode", None)
+    before = _this_thread.mode
     _this_thread.mode = mode
     try:
         yield

@@ -64,10 +64,10 @@ def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.
 
 def union_factor(model: LanguageModel, rows: Rows, device: torch.device) -> float | None:
     """The mean over the layers, on the first row."""
-    batch = {name: tensor.to(device) for name, tensor in next(rows.micro_batches()).items()}
+    tokens = next(rows.micro_batches())["tokens"].to(device)
     totals = Totals(model.config.layers, model.config.kv_heads, device)
     with torch.no_grad():
-        totals.add(model(batch["tokens"], labels=torch.full_like(batch["tokens"], IGNORE)), rows.seq)
+        totals.add(model(tokens, labels=torch.full_like(tokens, IGNORE)), rows.seq)
     if model.context.size > 1:  # each rank has counted its own tokens
         totals.reduce()
     return mean(totals.per_layer()["union_factor"])

@@ -20,7 +20,7 @@ from dash_train.benchmark.report import markdown_table, write_json
 from dash_train.benchmark.timing import Phases
 from dash_train.engine import build_engine, deepspeed_config
 from dash_train.errors import UserError
-from dash_train.initial import build_model, resolve_model
+from dash_train.initial import DTYPES, build_model, resolve_model
 from dash_train.parallel import World, init_world, join_context
 from dash_train.recipe import Recipe, load_recipe
 from dash_train.throughput import Throughput
@@ -129,9 +129,8 @@ class Theirs:
     """transformers' Llama, trained in a plain loop."""
 
     def __init__(self, recipe: Recipe, precision: str, device: torch.device) -> None:
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
         self.config, self.device = recipe.model, device
-        self.model = Peer(recipe.model, max_seq=recipe.train.seq, dtype=dtype, device=device)
+        self.model = Peer(recipe.model, max_seq=recipe.train.seq, dtype=DTYPES[recipe.train.precision], device=device)
         self.optimizer = PeerOptimizer(self.model, recipe.optimizer, precision)
 
     def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:

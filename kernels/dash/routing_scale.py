@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash.attention import triton_obstacle
 from dash_train.kernels.dash.stages import DashConfig, eligible_chunks, group_heads, route, summarize, whole_chunks
+from dash_train.kernels.dash.stats import count_eligible
 
 SCALES = (2.0**-6, 2.0**12)  # where the search looks
 HALVINGS = 16  # of 18 octaves: the scale is found to 2^(18 / 2^16), 0.02 %
@@ -38,9 +39,6 @@ def routing_density(
     if real is None:
         real = torch.ones(1, q_len, dtype=torch.bool, device=q.device)
     config = DashConfig(chunk_size, routing_scale, "peak", 1.0)
-    piece = q_len // len(query_starts)
-    positions = torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts])
-    starts = document_starts[:, positions]
     if q.is_cuda and not triton_obstacle(q, chunk_size):
         from dash_train.kernels.dash.routing_counts import routing_counts  # triton, which only CUDA needs
 
@@ -48,8 +46,10 @@ def routing_density(
             q, k, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
         )
     else:
-        active = _active_chunks(q, k, chunk_query, config, positions, starts)
-    eligible = (positions // chunk_size - starts // chunk_size) * real
+        piece = q_len // len(query_starts)
+        positions = torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts])
+        active = _active_chunks(q, k, chunk_query, config, positions, document_starts[:, positions])
+    eligible = count_eligible(document_starts, query_starts, q_len, chunk_size) * real
     pairs = eligible.expand(batch, -1).sum() * k.shape[2]
     active, pairs = add_up(torch.stack([(active * real[:, None]).sum(), pairs]))
     return (active.double() / pairs.clamp(min=1)).item()
