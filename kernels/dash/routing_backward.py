@@ -2,6 +2,9 @@
 
 With e = g / prior_temperature (0 where pbar < 1e-6), a head's ds_c = r_c (f_c - kappa), where f_c = e_c / sum of r_c^2
 over the group and kappa = sum_c r_c f_c / sum_c r_c. The scores are computed again; tau stands for all that was solved.
+
+g_c is about r_c^(2 / temperature) of a barely routed chunk, divided here by r_c^2: the rounding errors of r cancel only
+if both are the same r. fp32 scores therefore come, as in routing, from products "ieee" and are rounded once scaled.
 """
 
 import torch
@@ -177,7 +180,7 @@ def routing_queries_kernel(
         chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
         summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
         summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
-        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS, PRECISION)
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
         square = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, BLOCK]), 1)
         g = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
         f = tl.where(square >= pbar_min * GROUP, g * prior_scale / square, 0.0)
@@ -198,7 +201,7 @@ def routing_queries_kernel(
         chunk = tl.load(chunks_ptr + entry, mask=in_list, other=0)
         summaries = parts_ptr + chunk.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + dim[None, :]
         summary_mask = in_list[:, None] & (dim < HEAD_DIM)[None, :]
-        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS, PRECISION)
+        root = _roots(q, summaries, part_stride, summary_mask, in_list, row_max, tau, 0.5 * scale, PARTS)
         f = tl.load(g_ptr + entry[None, :] * TILE, mask=in_list[None, :], other=0.0)
         ds = root * (_per_row(f, TILE, PADDED_GROUP, BLOCK) - kappa[:, None])
         for part in tl.static_range(PARTS):
@@ -282,13 +285,14 @@ def routing_summaries_kernel(
         bits = tl.load(bits_ptr + tile * words, mask=in_history, other=0)
         f = tl.load(f_ptr + (sequence * tiles + tile) * capacity * TILE, mask=in_history[:, None], other=0.0)
 
-        z = tl.dot(high, tl.trans(q), input_precision=PRECISION)
+        z = tl.dot(high, tl.trans(q), input_precision="ieee")
         if PARTS == 2:
-            z = tl.dot(low, tl.trans(q), z, input_precision=PRECISION)
-        root = tl.maximum(z * (0.5 * scale) - row_max[None, :] - tau[None, :], 0.0)
+            z = tl.dot(low, tl.trans(q), z)
+        is_listed = ((bits >> (chunk % 32)) & 1) > 0
+        z = tl.where(is_listed[:, None], z * (0.5 * scale), float("-inf"))
+        root = tl.maximum(z - row_max[None, :] - tau[None, :], 0.0)
         f = tl.reshape(tl.broadcast_to(f[:, :, None], [BLOCK, TILE, PADDED_GROUP]), [BLOCK, TILE * PADDED_GROUP])
         # What was not listed has neither f nor, in a tile without any list, kappa.
-        is_listed = ((bits >> (chunk % 32)) & 1) > 0
         ds = tl.where(is_listed[:, None], root * (f - kappa[None, :]), 0.0)
         dsummaries = tl.dot(ds.to(q.dtype), q, dsummaries, input_precision=PRECISION)
     rows = (split.to(tl.int64) * tl.num_programs(2) + sequence) * (tl.num_programs(0) * BLOCK) + chunk
@@ -296,16 +300,14 @@ def routing_summaries_kernel(
 
 
 @triton.jit
-def _roots(
-    q, summaries, part_stride, mask, is_listed, row_max, tau, scale, PARTS: tl.constexpr, PRECISION: tl.constexpr
-):
+def _roots(q, summaries, part_stride, mask, is_listed, row_max, tau, scale, PARTS: tl.constexpr):
     """r = max(z - tau, 0) [rows, chunks] of q [rows, head_dim] and the summaries at pointers [chunks, head_dim]."""
-    z = tl.dot(q, tl.trans(tl.load(summaries, mask=mask, other=0.0)), input_precision=PRECISION)
+    z = tl.dot(q, tl.trans(tl.load(summaries, mask=mask, other=0.0)), input_precision="ieee")
     for part in tl.static_range(1, PARTS):
         low = tl.load(summaries + part * part_stride, mask=mask, other=0.0)
-        z = tl.dot(q, tl.trans(low), z, input_precision=PRECISION)
-    root = tl.maximum(z * scale - row_max[:, None] - tau[:, None], 0.0)
-    return tl.where(is_listed[None, :], root, 0.0)
+        z = tl.dot(q, tl.trans(low), z)
+    z = tl.where(is_listed[None, :], z * scale, float("-inf"))  # not one fused operation with what follows
+    return tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
 
 
 @triton.jit
