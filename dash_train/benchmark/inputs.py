@@ -33,12 +33,15 @@ class Rows:
     vocab_size: int
     repeat: int = 1
     text: bool = False
+    batch: int = 1
 
     def micro_batches(self, rank: int = 0) -> Iterator[dict[str, Tensor]]:
-        """One row after the other without end, as the model wants them: `tokens` and `labels` `[1, seq]` int64."""
-        for row in self._text_rows() if self.text else self._random_rows(rank):
-            labels = torch.cat([row[1:], torch.full((1,), IGNORE)])
-            yield {"tokens": row[None], "labels": labels[None]}
+        """Without end, as the model wants them: `tokens` and `labels` `[batch, seq]` int64, each row one document."""
+        rows = self._text_rows() if self.text else self._random_rows(rank)
+        while True:
+            tokens = torch.stack([next(rows) for _ in range(self.batch)])
+            labels = torch.cat([tokens[:, 1:], torch.full((self.batch, 1), IGNORE)], 1)
+            yield {"tokens": tokens, "labels": labels}
 
     def _random_rows(self, rank: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(rank)
@@ -57,24 +60,24 @@ class Rows:
 
 
 def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.device) -> None:
-    """Set every Dash layer's routing scale so that the first row's density is `density`."""
+    """Set every Dash layer's routing scale so that the first micro-batch's density is `density`."""
     model.config.attention.initial_density = density
     calibrate_routing_scale(model, next(rows.micro_batches())["tokens"].to(device))
 
 
 def union_factor(model: LanguageModel, rows: Rows, device: torch.device) -> float | None:
-    """The mean over the layers, on the first row."""
+    """The mean over the layers, on the first micro-batch."""
     tokens = next(rows.micro_batches())["tokens"].to(device)
     totals = Totals(model.config.layers, model.config.kv_heads, device)
     with torch.no_grad():
-        totals.add(model(tokens, labels=torch.full_like(tokens, IGNORE)), rows.seq)
+        totals.add(model(tokens, labels=torch.full_like(tokens, IGNORE)), tokens.numel())
     if model.context.size > 1:  # each rank has counted its own tokens
         totals.reduce()
     return mean(totals.per_layer()["union_factor"])
 
 
-def rows_with_locality(model: LanguageModel, seq: int, density: float, device: torch.device) -> Rows:
-    """Random rows on which the calibrated model's mean union factor lies in UNION, or as near as the search comes.
+def rows_with_locality(model: LanguageModel, seq: int, batch: int, density: float, device: torch.device) -> Rows:
+    """Random rows, `batch` at a time, on which the calibrated model's mean union factor is in UNION, or near it.
 
     Calibrates the model on the way. Repeats are odd: a token's repeats then begin anywhere in a tile, and
     the union factor falls smoothly as 1 + constant / repeats.
@@ -82,7 +85,7 @@ def rows_with_locality(model: LanguageModel, seq: int, density: float, device: t
     assert model.config.vocab_size is not None
     repeat = FIRST_REPEAT
     for _ in range(SEARCHES):
-        rows = Rows(seq, model.config.vocab_size, repeat)
+        rows = Rows(seq, model.config.vocab_size, repeat, batch=batch)
         set_density(model, rows, density, device)
         union = union_factor(model, rows, device)
         if union is None or UNION[0] <= union <= UNION[1]:

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="store_true", help="the standard library's bytes in place of random ids")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
     parser.add_argument("--no-warm-up", action="store_true", help="time the first step too: for rows of minutes a step")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="rows at a time, ours and the peer's")
     parser.add_argument("--step-tokens", type=int, default=131072, help="tokens of a step on each GPU; at least a row")
     parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
     parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
@@ -110,7 +111,7 @@ class Ours:
         phases = Phases(self.world.device)
         for _ in range(count):
             batch = _to_device(next(micro_batches), self.world.device)
-            tokens = (batch["tokens"].shape[1] - 1) / self.context.size  # this rank's
+            tokens = _counted_tokens(batch) / self.context.size  # this rank's
             phases.mark("data")
             outputs = self.engine(**batch)
             phases.mark("forward")
@@ -139,7 +140,7 @@ class Theirs:
             for _ in range(count):
                 batch = _to_device(next(micro_batches), self.device)
                 phases.mark("data")
-                loss = self.model(**batch) / (count * (batch["tokens"].shape[1] - 1))
+                loss = self.model(**batch) / (count * _counted_tokens(batch))
                 phases.mark("forward")
                 loss.backward()
                 phases.mark("backward")
@@ -154,8 +155,9 @@ class Theirs:
 def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[str, Any]:
     """One length of one column; running out of memory is a result too."""
     is_ours = column in ("dash", "full")
-    micro_batches = max(1, args.step_tokens // seq)
-    recipe = _recipe(args, seq, micro_batches * world.size, column if is_ours else "full")
+    micro_batches = max(1, args.step_tokens // (seq * args.micro_batch_size))
+    rows_a_step = micro_batches * args.micro_batch_size * world.size
+    recipe = _recipe(args, seq, rows_a_step, column if is_ours else "full")
     row: dict[str, Any] = {"seq": seq, "what": f"ours, {column}" if is_ours else f"{args.peer}, {column}"}
     trainee: Trainee | None = None
     try:
@@ -179,7 +181,7 @@ def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[
 def _recipe(args: argparse.Namespace, seq: int, rows: int, attention: str) -> Recipe:
     fixed = {
         "train.seq": seq,
-        "train.micro_batch_size": 1,
+        "train.micro_batch_size": args.micro_batch_size,
         "train.global_batch_size": rows,
         "optimizer.lr": LR,
         "model.attention.type": attention,
@@ -190,7 +192,7 @@ def _recipe(args: argparse.Namespace, seq: int, rows: int, attention: str) -> Re
 
 def _plain_rows(args: argparse.Namespace, recipe: Recipe) -> Rows:
     assert recipe.model.vocab_size is not None
-    return Rows(recipe.train.seq, recipe.model.vocab_size, args.repeat or 1, args.text)
+    return Rows(recipe.train.seq, recipe.model.vocab_size, args.repeat or 1, args.text, args.micro_batch_size)
 
 
 def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: World) -> Rows:
@@ -198,7 +200,7 @@ def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: Worl
     seq, model = recipe.train.seq, ours.engine.module
     density = args.density or (0.25 if args.text or seq <= DENSE_SEQ else 0.10)
     if not (args.text or args.repeat):
-        return rows_with_locality(model, seq, density, world.device)
+        return rows_with_locality(model, seq, args.micro_batch_size, density, world.device)
     rows = _plain_rows(args, recipe)
     set_density(model, rows, density, world.device)
     return rows
@@ -224,7 +226,7 @@ def _measure(
     totals.reduce()
     layers = totals.per_layer()
     throughput = Throughput(recipe.model, recipe, device, world.size)
-    tokens = micro_batches * rows.seq * world.size // shared
+    tokens = recipe.train.global_batch_size * rows.seq // shared
     return {
         **throughput.measure(tokens, statistics.median(seconds), layers["routed_chunks"]),
         **{f"{phase}_s": statistics.median(step[phase] for step in phases) for phase in PHASES},
@@ -255,6 +257,12 @@ def _sentence(row: dict[str, Any]) -> str:
         if None not in row[key]:
             text += f"; {name} per layer {' '.join(f'{value:.2f}' for value in row[key])}"
     return text
+
+
+def _counted_tokens(batch: dict[str, Tensor]) -> int:
+    """All but the last of every row."""
+    rows, seq = batch["tokens"].shape
+    return rows * (seq - 1)
 
 
 def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

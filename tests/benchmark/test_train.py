@@ -2,6 +2,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,11 @@ def test_rows_repeat_their_ids_and_end_without_a_label():
     assert len(tokens) == 64 and all(len(set(run.tolist())) == 1 for run in tokens.split(5))
     assert torch.equal(labels[:-1], tokens[1:]) and labels[-1] == IGNORE
     assert not torch.equal(tokens, next(rows.micro_batches(rank=1))["tokens"][0])
+    single, pairs = rows.micro_batches(), replace(rows, batch=2).micro_batches()
+    for _ in range(2):
+        alone = [next(single) for _ in range(2)]
+        for name, both in next(pairs).items():
+            torch.testing.assert_close(both, torch.cat([row[name] for row in alone]))
 
 
 def test_text_rows_are_the_standard_library():
@@ -102,7 +108,7 @@ def test_more_repeats_mean_less_union(monkeypatch):
     assert unions[0] > unions[1] > 1
     wanted = ((unions[0] + unions[1]) / 2 - 0.1, (unions[0] + unions[1]) / 2 + 0.1)
     monkeypatch.setattr("dash_train.benchmark.inputs.UNION", wanted)
-    found = rows_with_locality(model, 512, 0.4, CPU)
+    found = rows_with_locality(model, 512, 1, 0.4, CPU)
     assert 1 < found.repeat < 41
     assert sum(wanted) / 2 == pytest.approx(union_factor(model, found, CPU), abs=0.25)
 
@@ -114,7 +120,18 @@ def test_the_whole_program(tmp_path):
     options = {"precision": "bf16", "activation_checkpointing": "full"}
     recipe.write_text(yaml.safe_dump({"run_dir": "unused", "model": model, "train": options}))
     command = ["train", "--recipe", recipe, "--seq", "128,256", "--attention", "dash,full", "--peer", "huggingface"]
-    command += ["--peer-precision", "fp32-master,bf16", "--step-tokens", "512", "--density", "0.4", "--repeat", "3"]
+    command += [
+        "--peer-precision",
+        "fp32-master,bf16",
+        "--step-tokens",
+        "512",
+        "--micro-batch-size",
+        "2",
+        "--density",
+        "0.4",
+        "--repeat",
+        "3",
+    ]
     command += ["--json", tmp_path / "rows.json", "model.layers=3"]
     program = [sys.executable, ROOT / "launch" / "benchmark.py", *command]
     done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=ROOT)

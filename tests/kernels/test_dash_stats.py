@@ -6,6 +6,7 @@ from dash_train.kernels.dash import (
     dash_attention,
     find_routing_scale,
     routing_density,
+    routing_scale,
     routing_totals,
 )
 from dash_train.kernels.entmax import entmax15
@@ -123,6 +124,27 @@ def test_routing_scale_is_found(target):
     )
     totals = stats.summary(real)
     assert density == totals.active / totals.eligible
+
+
+@pytest.mark.parametrize("query_starts", [(0,), (0, 256)], ids=["whole", "pieces"])
+def test_many_queries_are_sampled(monkeypatch, query_starts):
+    """512 queries, of which the search looks at 4 runs of 64, and finds nearly the scale of all."""
+    torch.manual_seed(0)
+    q, k, w = torch.randn(1, 512, 4, 16), torch.randn(1, 512, 2, 16), torch.randn(2, 16)
+    q += torch.randn(1, 8, 1, 16).repeat_interleave(64, 1)  # queries differ from place to place
+    real = torch.ones(1, 512, dtype=torch.bool)
+    options = {"chunk_size": CHUNK, "query_starts": query_starts, "real": real}
+    exact = find_routing_scale(q, k, w, 0.5, **options)
+    monkeypatch.setattr(routing_scale, "SAMPLE", 256)
+    monkeypatch.setattr(routing_scale, "RUN", 64)
+    sampled = find_routing_scale(q, k, w, 0.5, **options)
+    assert sampled != exact
+    density = routing_density(q, k, w, routing_scale=sampled, **options)
+    assert density == pytest.approx(0.5, abs=0.02)
+    looked_at, marks, starts = routing_scale._sample(q, real, query_starts, CHUNK)
+    assert looked_at.shape[1] == marks.shape[1] == 256 and len(starts) == 4
+    for number, start in enumerate(starts):
+        torch.testing.assert_close(looked_at[:, number * 64 :][:, :64], q[:, start : start + 64])
 
 
 def test_unreachable_density_gives_a_scale_near_the_floor():
