@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
     parser.add_argument("--no-warm-up", action="store_true", help="time the first step too: for rows of minutes a step")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="rows at a time, ours and the peer's")
-    parser.add_argument("--step-tokens", type=int, default=131072, help="tokens of a step on each GPU; at least a row")
+    parser.add_argument("--step-tokens", type=int, default=131072, help="tokens a step and GPU; at least a micro-batch")
     parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
     parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
 

@@ -289,7 +289,7 @@ def routing_summaries_kernel(
         if PARTS == 2:
             z = tl.dot(low, tl.trans(q), z)
         is_listed = ((bits >> (chunk % 32)) & 1) > 0
-        z = tl.where(is_listed[:, None], z * (0.5 * scale), float("-inf"))
+        z = tl.where(is_listed[:, None], z * (0.5 * scale), float("-inf"))  # as in _roots
         root = tl.maximum(z - row_max[None, :] - tau[None, :], 0.0)
         f = tl.reshape(tl.broadcast_to(f[:, :, None], [BLOCK, TILE, PADDED_GROUP]), [BLOCK, TILE * PADDED_GROUP])
         # What was not listed has neither f nor, in a tile without any list, kappa.

@@ -136,12 +136,7 @@ def _sample(
         return q, real, query_starts
     stride = (piece - RUN) // max(1, runs - 1) // chunk_size * chunk_size
     offsets = [run * stride for run in range(runs)]
-    places = torch.cat(
-        [
-            torch.arange(RUN, device=q.device) + number * piece + offset
-            for number in range(len(query_starts))
-            for offset in offsets
-        ]
-    )
+    firsts = [number * piece + offset for number in range(len(query_starts)) for offset in offsets]
+    places = (torch.tensor(firsts)[:, None] + torch.arange(RUN)).flatten().to(q.device)
     starts = tuple(start + offset for start in query_starts for offset in offsets)
     return q[:, places], None if real is None else real[:, places], starts

@@ -120,19 +120,8 @@ def test_the_whole_program(tmp_path):
     options = {"precision": "bf16", "activation_checkpointing": "full"}
     recipe.write_text(yaml.safe_dump({"run_dir": "unused", "model": model, "train": options}))
     command = ["train", "--recipe", recipe, "--seq", "128,256", "--attention", "dash,full", "--peer", "huggingface"]
-    command += [
-        "--peer-precision",
-        "fp32-master,bf16",
-        "--step-tokens",
-        "512",
-        "--micro-batch-size",
-        "2",
-        "--density",
-        "0.4",
-        "--repeat",
-        "3",
-    ]
-    command += ["--json", tmp_path / "rows.json", "model.layers=3"]
+    command += ["--peer-precision", "fp32-master,bf16", "--step-tokens", "512", "--density", "0.4", "--repeat", "3"]
+    command += ["--micro-batch-size", "2", "--json", tmp_path / "rows.json", "model.layers=3"]
     program = [sys.executable, ROOT / "launch" / "benchmark.py", *command]
     done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
