@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dash_train.kernels.dash import RoutingCounts, count_eligible, routing_totals
-from dash_train.kernels.dash.stats import tile_tokens
 from dash_train.model.attention import Attention
 from dash_train.model.cache import Cache
 from dash_train.model.checkpointing import run_block
@@ -173,8 +172,7 @@ class Transformer(nn.Module):
         query_starts = context.query_starts(tokens.shape[1])
         q_len = routed[0].active_chunks.shape[-1]
         eligible = count_eligible(starts, query_starts, q_len, self.config.attention.chunk_size)
-        tile = tile_tokens(self.config.heads // self.config.kv_heads)
-        totals = routing_totals(routed, eligible, real, tile, len(query_starts))
+        totals = routing_totals(routed, eligible, real, len(query_starts))
         rows = iter(torch.stack(totals, dim=1).float())
         return torch.stack([nothing if layer is None else next(rows) for layer in counts])
 

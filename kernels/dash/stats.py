@@ -34,6 +34,7 @@ class RoutingCounts(NamedTuple):
     active_chunks: Tensor
     union_chunks: Tensor
     residual: Tensor
+    tile: int
 
 
 class RoutingTotals(NamedTuple):
@@ -51,13 +52,14 @@ class RoutingTotals(NamedTuple):
 
 
 def routing_totals(
-    layers: Sequence[RoutingCounts], eligible_chunks: Tensor, real: Tensor | None, tile: int, pieces: int
+    layers: Sequence[RoutingCounts], eligible_chunks: Tensor, real: Tensor | None, pieces: int
 ) -> RoutingTotals:
     """The totals [layers] of layers that attended over the same rows, in a handful of launches for all of them.
 
-    eligible_chunks [batch or 1, q_len] of count_eligible; real bool [batch, q_len], default all; tile and pieces as in
+    eligible_chunks [batch or 1, q_len] of count_eligible; real bool [batch, q_len], default all; pieces as in
     DashStats.
     """
+    tile = layers[0].tile
     active = torch.stack([layer.active_chunks for layer in layers])
     _, batch, kv_heads, q_len = active.shape
     if real is None:
@@ -110,7 +112,7 @@ class DashStats:
     @property
     def counts(self) -> RoutingCounts:
         """For routing_totals."""
-        return RoutingCounts(self.active_chunks, self.union_chunks, self.residual)
+        return RoutingCounts(self.active_chunks, self.union_chunks, self.residual, self.tile)
 
     @property
     def density(self) -> Tensor:
@@ -125,5 +127,5 @@ class DashStats:
 
     def summary(self, real: Tensor | None = None) -> RoutingTotals:
         """Sums over the tokens that `real` (bool [batch, q_len]; default all) marks: pads count in no statistic."""
-        totals = routing_totals([self.counts], self.eligible_chunks, real, self.tile, self.pieces)
+        totals = routing_totals([self.counts], self.eligible_chunks, real, self.pieces)
         return RoutingTotals(*(total[0] for total in totals))

@@ -87,7 +87,7 @@ def test_layers_are_totalled_together_as_each_alone():
     real = torch.ones(2, 128, dtype=torch.bool)
     real[1, 90:] = False
     eligible = count_eligible(STARTS, (0,), 128, CHUNK)
-    together = routing_totals([layer.counts for layer in layers], eligible, real, layers[0].tile, 1)
+    together = routing_totals([layer.counts for layer in layers], eligible, real, 1)
     for index, layer in enumerate(layers):
         assert layer.summary(real) == tuple(total[index] for total in together)
     assert len({total.item() for total in together.active}) > 1

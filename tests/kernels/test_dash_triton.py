@@ -68,6 +68,21 @@ def test_routing_alone_counts_what_the_whole_call_counts():
     assert torch.equal(active, stats.active_chunks) and torch.equal(union, stats.union_chunks)
 
 
+def test_a_model_counts_by_the_tiles_of_the_kernels(tiny_model):
+    """With 3 heads a group they have 16 tokens, the reference's 21."""
+    tokens = torch.randint(64, (1, 64))
+    by_backend = {}
+    for backend in ("triton", "reference"):
+        model = tiny_model("dash", heads=6)
+        model.config.attention.backend = backend
+        by_backend[backend] = model(tokens, labels=tokens)
+    of_kernels, of_reference = by_backend["triton"], by_backend["reference"]
+    assert torch.equal(of_kernels["active_chunks"], of_reference["active_chunks"])
+    assert torch.equal(of_kernels["eligible_chunks"], of_reference["eligible_chunks"])
+    assert torch.equal(of_kernels["union_active"], of_kernels["active_chunks"])  # all 64 tokens lie in whole tiles
+    assert (of_kernels["union_chunks"] >= of_kernels["union_active"]).all()
+
+
 def test_segments_change_nothing(change_tiles):
     tensors, options = call(Case(group=4), 8, "cpu")
     whole = dash_attention(*tensors, **options, backend="triton")
