@@ -41,8 +41,8 @@ PLAIN_KEYS = (
 )
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe, its `deepspeed` section merged in.
+def deepspeed_config(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe for so many processes, its `deepspeed` section merged in.
 
     The trainer owns gradient accumulation: one `engine.step()` is one optimizer step whatever number of
     `engine.backward()` came before, so that the loss can be normalised by the tokens of the whole step.
@@ -59,7 +59,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_clipping": recipe.optimizer.grad_clip if stage else 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": stage == 2, "contiguous_gradients": True},
+        # Overlapping makes the host wait for the device after every backward pass: a price for nothing on one rank.
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": stage == 2 and ranks > 1,
+            "contiguous_gradients": True,
+        },
         "checkpoint": {"tag_validation": "Ignore"},
     }
     if recipe.train.precision == "bf16":

@@ -67,7 +67,7 @@ class Trainer:
         self.training_rows = self._rows(data_folder, "train")
         self.validation_rows = self._rows(data_folder, "validation")
 
-        self.deepspeed_config = deepspeed_config(recipe)
+        self.deepspeed_config = deepspeed_config(recipe, self.world.size)
         load = source.load if source and not resumed else None
         with naming_the_lever(recipe, self.world.size, building=True):
             model = build_model(recipe, load, self.deepspeed_config, self.device, self.context)

@@ -103,7 +103,7 @@ class Ours:
     """The engine and the step of the trainer."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        config, self.context = deepspeed_config(recipe), join_context(world, recipe.parallel)
+        config, self.context = deepspeed_config(recipe, world.size), join_context(world, recipe.parallel)
         model = build_model(recipe, None, config, world.device, self.context)
         self.world, self.engine = world, build_engine(model, recipe, config)
 
