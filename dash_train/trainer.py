@@ -21,6 +21,7 @@ from dash_train.data.prepare import prepare
 from dash_train.data.tokenizer import load_tokenizer
 from dash_train.engine import build_engine, deepspeed_config, grad_norm, set_lr
 from dash_train.errors import UserError
+from dash_train.garbage import frozen_heap
 from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.memory import naming_the_lever
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
@@ -105,6 +106,7 @@ class Trainer:
             closing(tracker) if tracker else nullcontext(),
             self.watchdog,
             naming_the_lever(self.recipe, self.world.size),
+            frozen_heap(),
         ):
             if self.step == 0:
                 self.validate(tracker)

@@ -125,12 +125,14 @@ class Transformer(nn.Module):
             if self.has_full_layers:
                 mask = document_mask(document_starts, context.at_queries(positions)[0])
             positions = positions - document_starts
+        else:  # made here once, not by each Dash layer
+            document_starts = torch.zeros_like(tokens, dtype=torch.int32)
         if real is not None:
             real = context.at_queries(real)
         hidden, counts = self._blocks(
             context.share(tokens), context.share(positions), real, document_starts, mask, context=context
         )
-        return self.norm(hidden), self._statistics(counts, tokens, document_starts, real, context)
+        return self.norm(hidden), self._statistics(counts, document_starts, real, context)
 
     def _blocks(
         self,
@@ -158,20 +160,18 @@ class Transformer(nn.Module):
     def _statistics(
         self,
         counts: list[RoutingCounts | None],
-        tokens: Tensor,
-        document_starts: Tensor | None,
+        document_starts: Tensor,
         real: Tensor | None,
         context: Context,
     ) -> Tensor:
         """STATISTICS of each layer, `[layers, 5]` fp32: zeros but for Dash layers."""
-        nothing = torch.zeros(len(STATISTICS), device=tokens.device)
+        nothing = torch.zeros(len(STATISTICS), device=document_starts.device)
         routed = [layer for layer in counts if layer is not None]
         if not routed:
             return nothing.expand(len(counts), -1)
-        starts = torch.zeros_like(tokens[:1]) if document_starts is None else document_starts
-        query_starts = context.query_starts(tokens.shape[1])
+        query_starts = context.query_starts(document_starts.shape[1])
         q_len = routed[0].active_chunks.shape[-1]
-        eligible = count_eligible(starts, query_starts, q_len, self.config.attention.chunk_size)
+        eligible = count_eligible(document_starts, query_starts, q_len, self.config.attention.chunk_size)
         totals = routing_totals(routed, eligible, real, len(query_starts))
         rows = iter(torch.stack(totals, dim=1).float())
         return torch.stack([nothing if layer is None else next(rows) for layer in counts])

@@ -20,6 +20,7 @@ from dash_train.benchmark.report import markdown_table, write_json
 from dash_train.benchmark.timing import Phases
 from dash_train.engine import build_engine, deepspeed_config
 from dash_train.errors import UserError
+from dash_train.garbage import frozen_heap
 from dash_train.initial import DTYPES, build_model, resolve_model
 from dash_train.parallel import World, init_world, join_context
 from dash_train.recipe import Recipe, load_recipe
@@ -29,6 +30,7 @@ from dash_train.totals import Totals
 LR = 1e-6  # nothing shall be learned: the density is to stay where it was set
 WARM_UP_MICRO_BATCHES = 2  # the second accumulates
 KEPT_GB = 0.5  # libraries' workspaces stay
+MICRO_BATCH_TOKENS = 32768  # with fewer the GPU waits for the host
 DENSE_SEQ = 8192  # up to here groups of 8 heads do not reach a density of .10
 PHASES = ("data", "forward", "backward", "optimizer")
 TABLE = {
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="store_true", help="the standard library's bytes in place of random ids")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
     parser.add_argument("--no-warm-up", action="store_true", help="time the first step too: for rows of minutes a step")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="rows at a time, ours and the peer's")
+    parser.add_argument("--micro-batch-size", type=int, help="rows at a time on both sides (default: 32768 tokens)")
     parser.add_argument("--step-tokens", type=int, default=131072, help="tokens a step and GPU; at least a micro-batch")
     parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
     parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
@@ -155,9 +157,10 @@ class Theirs:
 def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[str, Any]:
     """One length of one column; running out of memory is a result too."""
     is_ours = column in ("dash", "full")
-    micro_batches = max(1, args.step_tokens // (seq * args.micro_batch_size))
-    rows_a_step = micro_batches * args.micro_batch_size * world.size
-    recipe = _recipe(args, seq, rows_a_step, column if is_ours else "full")
+    micro_batch_size = args.micro_batch_size or max(1, MICRO_BATCH_TOKENS // seq)
+    micro_batches = max(1, args.step_tokens // (seq * micro_batch_size))
+    rows_a_step = micro_batches * micro_batch_size * world.size
+    recipe = _recipe(args, seq, micro_batch_size, rows_a_step, column if is_ours else "full")
     row: dict[str, Any] = {"seq": seq, "what": f"ours, {column}" if is_ours else f"{args.peer}, {column}"}
     trainee: Trainee | None = None
     try:
@@ -178,10 +181,10 @@ def _row(args: argparse.Namespace, seq: int, column: str, world: World) -> dict[
     return row
 
 
-def _recipe(args: argparse.Namespace, seq: int, rows: int, attention: str) -> Recipe:
+def _recipe(args: argparse.Namespace, seq: int, micro_batch_size: int, rows: int, attention: str) -> Recipe:
     fixed = {
         "train.seq": seq,
-        "train.micro_batch_size": args.micro_batch_size,
+        "train.micro_batch_size": micro_batch_size,
         "train.global_batch_size": rows,
         "optimizer.lr": LR,
         "model.attention.type": attention,
@@ -192,7 +195,7 @@ def _recipe(args: argparse.Namespace, seq: int, rows: int, attention: str) -> Re
 
 def _plain_rows(args: argparse.Namespace, recipe: Recipe) -> Rows:
     assert recipe.model.vocab_size is not None
-    return Rows(recipe.train.seq, recipe.model.vocab_size, args.repeat or 1, args.text, args.micro_batch_size)
+    return Rows(recipe.train.seq, recipe.model.vocab_size, args.repeat or 1, args.text, recipe.train.micro_batch_size)
 
 
 def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: World) -> Rows:
@@ -200,7 +203,7 @@ def _dash_rows(args: argparse.Namespace, ours: Ours, recipe: Recipe, world: Worl
     seq, model = recipe.train.seq, ours.engine.module
     density = args.density or (0.25 if args.text or seq <= DENSE_SEQ else 0.10)
     if not (args.text or args.repeat):
-        return rows_with_locality(model, seq, args.micro_batch_size, density, world.device)
+        return rows_with_locality(model, seq, recipe.train.micro_batch_size, density, world.device)
     rows = _plain_rows(args, recipe)
     set_density(model, rows, density, world.device)
     return rows
@@ -219,10 +222,11 @@ def _measure(
 
     totals = Totals(recipe.model.layers, recipe.model.kv_heads, device)
     seconds, phases = [], []
-    for _ in range(steps):
-        started = time.perf_counter()
-        phases.append(trainee.step(batches, micro_batches, totals).seconds())
-        seconds.append(time.perf_counter() - started)
+    with frozen_heap():
+        for _ in range(steps):
+            started = time.perf_counter()
+            phases.append(trainee.step(batches, micro_batches, totals).seconds())
+            seconds.append(time.perf_counter() - started)
     totals.reduce()
     layers = totals.per_layer()
     throughput = Throughput(recipe.model, recipe, device, world.size)
