@@ -26,6 +26,8 @@ from dash_train.parallel import World, barrier, gather_objects
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MODEL_STATES = "mp_rank_00_model_states.pt"
+BF16_SHARD = "bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 logger = logging.getLogger(__name__)
 
@@ -144,14 +146,39 @@ def load_engine(engine: Any, world: World, checkpoint: Path) -> None:
 def load_weights(path: str | Path, step: int | None = None) -> dict[str, torch.Tensor]:
     """The fp32 weights of a run's (or a checkpoint folder's) checkpoint, gathered from its shards, on the CPU."""
     checkpoint = find(path, step)
-    if load_state(checkpoint).recipe["parallel"]["zero_stage"] == 0:
-        # The checkpoint's hashes say it is ours; DeepSpeed pickles more than tensors into it.
-        shard = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return shard["module"]
+    state = load_state(checkpoint)
+    parallel, is_bf16 = state.recipe["parallel"], state.recipe["train"]["precision"] == "bf16"
+    if parallel["zero_stage"] == 0:
+        return _load_shard(checkpoint / MODEL_STATES)["module"]
+    if parallel["zero_stage"] == 1 and is_bf16 and parallel["offload_optimizer"] == "none":
+        return _weights_of_bf16_shards(checkpoint, state.world)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def _weights_of_bf16_shards(checkpoint: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """Stage 1 in bf16 is DeepSpeed's BF16_Optimizer, whose checkpoints its own zero_to_fp32 refuses.
+
+    A rank's shard holds, for each parameter group, a flat tensor of fp32 weights and where in it lies the rank's part
+    of each parameter; the parts of a parameter follow each other by rank.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(ranks):
+        shard = _load_shard(checkpoint / BF16_SHARD.format(rank=rank))["optimizer_state_dict"]
+        groups = zip(shard["param_slice_mappings"], shard["single_partition_of_fp32_groups"], strict=True)
+        for places, flat in groups:
+            for name, place in places.items():
+                parts.setdefault(name, []).append(flat.detach()[place.start : place.start + place.numel])
+    module = _load_shard(checkpoint / MODEL_STATES)["module"]
+    whole = {module[name].data_ptr(): torch.cat(found).view_as(module[name]) for name, found in parts.items()}
+    return {name: whole[weight.data_ptr()] for name, weight in module.items()}  # tied weights share their memory
+
+
+def _load_shard(file: Path) -> dict[str, Any]:
+    """The checkpoint's hashes say that it is ours; DeepSpeed pickles more than tensors into it."""
+    return torch.load(file, map_location="cpu", weights_only=False)
 
 
 def _problem(checkpoint: Path) -> str | None:

@@ -5,9 +5,10 @@ import sys
 import time
 
 import pytest
+import torch
 from tiny_runs import ROOT, run, start, write_recipe
 
-from dash_train.checkpoint import newest
+from dash_train.checkpoint import load_weights, newest
 from dash_train.command import run_command
 from dash_train.metrics import read_metrics
 
@@ -43,6 +44,18 @@ def test_two_ranks_train_like_one(tmp_path, corpus, whole_run, stage, context, c
     for one_line, line in zip(whole_run, two, strict=True):
         assert line["density"] == pytest.approx(one_line["density"], abs=2e-3)
         assert (line["rows_hash"], line["tokens"]) == (one_line["rows_hash"], one_line["tokens"])
+
+
+def test_bf16_weights_are_gathered_from_the_shards_of_two_ranks(tmp_path, corpus):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, train__precision="bf16", parallel={"zero_stage": 1})
+    result = run("pretrain.py", recipe, "train.steps=2", ranks=2)
+    assert result.returncode == 0, result.stderr
+    found = newest(tmp_path / "run" / "checkpoints")
+    trained = torch.load(found / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    weights = load_weights(found)
+    assert weights.keys() == trained.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.bfloat16(), trained[name]), name
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, corpus, whole_run):

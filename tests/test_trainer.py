@@ -285,13 +285,28 @@ def test_the_batch_must_divide_over_the_ranks(train):
         train(train__micro_batch_size=3)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_weights_of_a_checkpoint_are_those_of_the_model(tmp_path, corpus, stage):
+STAGES = [("fp32", {"zero_stage": 0})]
+STAGES += [(precision, {"zero_stage": stage}) for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
+STAGES += [("bf16", {"zero_stage": 1, "offload_optimizer": "cpu"})]
+
+
+@pytest.mark.parametrize(("precision", "parallel"), STAGES)
+def test_weights_of_a_checkpoint_are_those_of_the_model(tmp_path, corpus, precision, parallel):
     path = write_recipe(
-        tmp_path / "recipe.yaml", corpus, parallel__zero_stage=stage, train__steps=2, train__validate_every=0
+        tmp_path / "recipe.yaml",
+        corpus,
+        model={**SHAPE, "tie_embeddings": True},
+        parallel=parallel,
+        train__precision=precision,
+        train__steps=2,
+        train__validate_every=0,
     )
     trainer = Trainer(load_recipe(path))
     trainer.train()
     saved = checkpoint.load_weights(tmp_path / "run")
-    for name, weight in weights_of(trainer).items():
-        torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
+    assert all(weight.dtype == torch.float32 for weight in saved.values())
+    held = weights_of(trainer)
+    assert saved.keys() == held.keys() | {"lm_head.weight"}
+    for name, weight in held.items():
+        torch.testing.assert_close(saved[name].to(weight.dtype), weight, rtol=0, atol=0)
+    assert any(not torch.equal(saved[name], weight.float()) for name, weight in held.items()) == (precision == "bf16")
