@@ -183,9 +183,10 @@ def test_auto_scale_finds_the_density_and_survives_in_the_checkpoint(train, tmp_
     assert isinstance(scales, list) and len(scales) == 2 and scales[0] != 1.0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_resume_is_exact(train, stage):
-    options = {"parallel__zero_stage": stage, "train__steps": 6, "schedule__type": "constant"}
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_resume_is_exact(train, stage, precision):
+    options = {"parallel__zero_stage": stage, "train__precision": precision}
+    options |= {"train__steps": 6, "schedule__type": "constant"}
     whole, whole_validation = train("whole", **options)
     train("parts", **{**options, "train__steps": 4})
     parts, parts_validation = train("parts", **options)
@@ -237,11 +238,10 @@ def test_what_a_resume_changes_is_logged(train, caplog):
     assert "optimizer.lr was 0.003, is 0.0001" in caplog.text
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_non_finite_gradients_skip_the_step_and_stop_the_run(tmp_path, corpus, stage, monkeypatch):
-    path = write_recipe(
-        tmp_path / "recipe.yaml", corpus, model=FIXED, parallel__zero_stage=stage, train__max_nonfinite_steps=2
-    )
+@pytest.mark.parametrize(("stage", "precision"), [*((stage, "fp32") for stage in range(4)), (1, "bf16")])
+def test_non_finite_gradients_skip_the_step_and_stop_the_run(tmp_path, corpus, stage, precision, monkeypatch):
+    options = {"parallel__zero_stage": stage, "train__precision": precision, "train__max_nonfinite_steps": 2}
+    path = write_recipe(tmp_path / "recipe.yaml", corpus, model=FIXED, **options)
     trainer = Trainer(load_recipe(path))
     batches = step_batches(trainer.training_rows, global_batch_size=8, micro_batch_size=2, rank=0, world=1)
     trainer.train_step(batches)
