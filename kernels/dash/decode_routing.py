@@ -1,8 +1,8 @@
 """Stage 1 of decoding in Triton: each KV head's list of the chunks to which its newest token attends.
 
 There is one token a sequence, so scores are few and may go through memory: many programs compute them, reading the
-summaries once, and one program a KV head finds the thresholds of its group and writes the list. It reads its scores
-several times, but they stay in its SM's first-level cache (4 heads of 128K tokens are 32 KB).
+summaries once; one program a head finds its threshold, with all of the head's scores in registers; and one program a KV
+head writes the list.
 
 All launches depend on the cache's capacity, never on the lengths, which only the device knows.
 """
@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.dash.routing import MAX_STEPS, TOLERANCE, newton_step
+from dash_train.kernels.dash.routing import threshold
 from dash_train.kernels.dash.stages import PBAR_MIN, ChunkLists, DashConfig
 
 MATRIX_ROWS = 16  # the least rows of a matrix product
 SUMMARIES_PER_PROGRAM = 64
 SCORE_WARPS = 4
-LIST_TILE = 8192  # scores that the program of a KV head looks at in one step
-LIST_WARPS = 16
+SCORES_PER_WARP = 2048  # of a threshold's program
+LIST_WIDTH = 2048  # chunks that the program of a KV head looks at in one step
+LIST_WARPS = 8
 
 
 def route_newest(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
@@ -63,21 +64,34 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
         keys=torch.empty(batch, kv_heads, device=z.device, dtype=torch.int32),
         normalizer=torch.empty(batch, kv_heads, device=z.device),
     )
-    padded_group = triton.next_power_of_2(group)
-    width = min(triton.next_power_of_2(chunks), max(128, LIST_TILE // padded_group))
+    tau = torch.empty(batch, kv_heads, group, device=z.device)
+    row_max = torch.empty_like(tau)
+    width = triton.next_power_of_2(chunks)
+    threshold_kernel[(tau.numel(),)](
+        z,
+        lengths,
+        tau,
+        row_max,
+        chunks,
+        HEADS=kv_heads * group,
+        CHUNK=config.chunk_size,
+        WIDTH=width,
+        num_warps=min(32, max(4, width // SCORES_PER_WARP)),
+    )
     list_kernel[(batch * kv_heads,)](
         z,
+        tau,
+        row_max,
         lengths,
         *lists,
         chunks,
         PBAR_MIN,
         KV_HEADS=kv_heads,
         GROUP=group,
-        PADDED_GROUP=padded_group,
         CHUNK=config.chunk_size,
-        WIDTH=width,
+        WIDTH=min(width, LIST_WIDTH),
         NORMALIZER=config.prior_normalizer,
-        num_warps=min(LIST_WARPS, max(4, padded_group * width // 512)),
+        num_warps=LIST_WARPS,
     )
     return lists
 
@@ -133,8 +147,36 @@ def score_kernel(
 
 
 @triton.jit
+def threshold_kernel(
+    z_ptr,
+    lengths_ptr,
+    tau_ptr,
+    row_max_ptr,
+    chunks,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program a head, as in routing.py; nothing is written where no chunk is eligible."""
+    row = tl.program_id(0).to(tl.int64)  # batch * HEADS + head
+    eligible = own_chunk(tl.load(lengths_ptr + row // HEADS), CHUNK)
+    if eligible == 0:
+        return
+    lane = tl.arange(0, WIDTH)
+    z = tl.load(z_ptr + row * chunks + lane, mask=lane < eligible, other=float("-inf"))[None, :]
+    row_max = tl.max(z, 1)
+    highest = -1.0 / tl.sqrt(eligible.to(tl.float32))  # tau of equal scores
+    tau, _ = threshold(z - row_max[:, None], tl.zeros([1], tl.float32) + tl.minimum(highest, -0.5), highest)
+    place = row + tl.arange(0, 1)
+    tl.store(tau_ptr + place, tau)
+    tl.store(row_max_ptr + place, row_max)
+
+
+@triton.jit
 def list_kernel(
     z_ptr,
+    tau_ptr,
+    row_max_ptr,
     lengths_ptr,
     chunks_ptr,
     log_pbar_ptr,
@@ -144,54 +186,29 @@ def list_kernel(
     pbar_min,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     NORMALIZER: tl.constexpr,
 ):
-    """One program a KV head. The thresholds are found as in routing.py."""
+    """One program a KV head."""
     sequence = tl.program_id(0).to(tl.int64)  # batch * KV_HEADS + KV head
     length = tl.load(lengths_ptr + sequence // KV_HEADS).to(tl.int32)
     eligible = own_chunk(length, CHUNK)
-    head = tl.arange(0, PADDED_GROUP)
     lane = tl.arange(0, WIDTH)
-    z_rows = z_ptr + (sequence * GROUP + tl.minimum(head, GROUP - 1)) * chunks  # rows without a head repeat the last
-    z_rows = z_rows[:, None] + lane[None, :]
-
-    highest = tl.full([PADDED_GROUP, WIDTH], float("-inf"), tl.float32)
-    for block in range(0, eligible, WIDTH):
-        is_eligible = (block + lane < eligible)[None, :]
-        highest = tl.maximum(highest, tl.load(z_rows + block, mask=is_eligible, other=float("-inf")))
-    row_max = tl.max(highest, 1)[:, None]
-    largest_tau = -1.0 / tl.sqrt(tl.maximum(eligible, 1).to(tl.float32))  # that of equal scores
-    tau = tl.zeros([PADDED_GROUP], tl.float32) + tl.minimum(largest_tau, -0.5)
-    residual = tl.where(eligible > 0, 1.0, 0.0)
-    steps = 0
-    while (residual > TOLERANCE) & (steps < MAX_STEPS):
-        total = tl.zeros([PADDED_GROUP, WIDTH], tl.float32)
-        square = tl.zeros([PADDED_GROUP, WIDTH], tl.float32)
-        for block in range(0, eligible, WIDTH):
-            is_eligible = (block + lane < eligible)[None, :]
-            z = tl.load(z_rows + block, mask=is_eligible, other=float("-inf"))
-            distance = tl.maximum(z - row_max - tau[:, None], 0.0)
-            total += distance
-            square += distance * distance
-        norm = tl.sum(square, 1)
-        residual = tl.max(tl.abs(norm - 1.0), 0)
-        if residual > TOLERANCE:
-            tau = newton_step(tau, tl.sum(total, 1), norm, largest_tau)
-        steps += 1
-
     chunks_ptr += sequence * chunks
     log_pbar_ptr += sequence * chunks
     routed = 0
     log_sum = tl.zeros([WIDTH], tl.float32)
     log_max = tl.full([WIDTH], float("-inf"), tl.float32)
     for block in range(0, eligible, WIDTH):
-        is_eligible = (block + lane < eligible)[None, :]
-        z = tl.load(z_rows + block, mask=is_eligible, other=float("-inf"))
-        root = tl.where((head < GROUP)[:, None], tl.maximum(z - row_max - tau[:, None], 0.0), 0.0)
-        pbar = tl.sum(root * root, 0) / GROUP
+        is_eligible = block + lane < eligible
+        pbar = tl.zeros([WIDTH], tl.float32)
+        for g in tl.static_range(GROUP):
+            row = sequence * GROUP + g
+            z = tl.load(z_ptr + row * chunks + block + lane, mask=is_eligible, other=float("-inf"))
+            root = tl.maximum(z - tl.load(row_max_ptr + row) - tl.load(tau_ptr + row), 0.0)
+            pbar += root * root
+        pbar /= GROUP
         log_pbar = tl.log(tl.maximum(pbar, pbar_min))
         is_routed = pbar > 0
         place = routed + tl.cumsum(is_routed.to(tl.int32), 0) - 1

@@ -182,7 +182,7 @@ def route_kernel(
     z -= row_max[:, None]
     highest = -1.0 / tl.sqrt(tl.cdiv(eligible, stride).to(tl.float32))  # tau of equal scores
     tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
-    tau, residual = _threshold(z, tau, highest)
+    tau, residual = threshold(z, tau, highest)
     candidates = eligible
     if not RESIDENT:
         low = row_max + tau - SLACK
@@ -200,7 +200,7 @@ def route_kernel(
         if candidates <= WIDTH:
             chunk = tl.load(chunks_ptr + lane, mask=lane < candidates, other=eligible)
             z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
-            tau, residual = _threshold(z - row_max[:, None], tau, highest)
+            tau, residual = threshold(z - row_max[:, None], tau, highest)
         else:
             residual = 1.0
             steps = 0
@@ -268,7 +268,7 @@ def routing_scores(
 
 
 @triton.jit
-def _threshold(z, tau, highest):
+def threshold(z, tau, highest):
     """tau [ROWS] of the scores z [ROWS, .] relative to their maximum, from a first guess; and the worst |sum p - 1|."""
     residual = 1.0
     steps = 0

@@ -46,8 +46,8 @@ def test_equals_the_reference(case):
     assert active.dtype == torch.int32 and torch.equal(active, expected_active)
 
 
-def test_scores_that_do_not_fit_into_one_step(monkeypatch):
-    monkeypatch.setattr(decode_routing, "LIST_TILE", 128)
+def test_lists_that_are_written_in_several_steps(monkeypatch):
+    monkeypatch.setattr(decode_routing, "LIST_WIDTH", 64)
     check_stages(decode_call(Case(group=4), [2100, 150 * 16, 0, 1000], "cpu"), 2e-6, 2e-6)
 
 
