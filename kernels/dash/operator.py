@@ -4,7 +4,7 @@ As operators they work under torch.compile, which sees them as opaque calls, and
 selective policy may keep the results of torch.ops.dash_train.dash_attention.default instead of computing them again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -57,25 +57,7 @@ def dash_attention_triton(
     return out, stats
 
 
-_library = torch.library.Library("dash_train", "DEF")
-
-
-def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: the function becomes torch.ops.dash_train.NAME, on every device.
-
-    What torch.library.custom_op does, without its wrappers: those take the host 50 us a call, as much as some kernels.
-    """
-
-    def register(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.dash_train, name).default
-
-    return register
-
-
-@_operator("dash_attention")
+@torch.library.custom_op("dash_train::dash_attention", mutates_args=())
 def forward_operator(
     q: Tensor,
     k: Tensor,
@@ -97,7 +79,7 @@ def forward_operator(
     return forward.out, forward.lse, *forward.kept, forward.prior.active_chunks, forward.routing.residual
 
 
-@_operator("dash_attention_backward")
+@torch.library.custom_op("dash_train::dash_attention_backward", mutates_args=())
 def backward_operator(
     dout: Tensor,
     q: Tensor,
@@ -134,7 +116,7 @@ def backward_operator(
     )
 
 
-@torch.library.register_fake(forward_operator)
+@forward_operator.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -163,7 +145,7 @@ def _(
     )
 
 
-@torch.library.register_fake(backward_operator)
+@backward_operator.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, chunk_query))
 
@@ -189,8 +171,8 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(forward_operator, _backward, setup_context=_save)
-torch.library.register_autograd(backward_operator, _no_second_derivative)
+forward_operator.register_autograd(_backward, setup_context=_save)
+backward_operator.register_autograd(_no_second_derivative)
 
 
 def _for_the_copy_engine(t: Tensor) -> Tensor:
