@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_runs import ENVIRONMENT
 from torch.nn import functional as F
 
 from dash_train.benchmark import train
@@ -123,7 +124,7 @@ def test_the_whole_program(tmp_path):
     command += ["--peer-precision", "fp32-master,bf16", "--step-tokens", "512", "--density", "0.4", "--repeat", "3"]
     command += ["--micro-batch-size", "2", "--json", tmp_path / "rows.json", "model.layers=3"]
     program = [sys.executable, ROOT / "launch" / "benchmark.py", *command]
-    done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "rows.json").read_text())
     assert written["arguments"]["seq"] == [128, 256]
