@@ -19,27 +19,34 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """kernel[grid](*args, **constants), for kernels whose constants are their last parameters.
 
     The compiled kernel is remembered by all that it can depend on: numbers, types, alignment of addresses, the device.
-    It is called with addresses in place of tensors.
+    It is called with addresses in place of tensors, and without Triton's launch hooks.
     """
     if not isinstance(kernel, JITFunction):  # the interpreter's
         kernel[grid](*args, **constants)
         return
-    traits: list[Any] = [kernel.fn, torch.cuda.current_device()]
+    device = torch.cuda.current_device()
+    traits: list[Any] = [kernel.fn, device]
     values: list[Any] = []
     for argument in args:
-        value = argument
         if isinstance(argument, Tensor):
-            value = argument.data_ptr()
-            traits += argument.dtype, value % 16 == 0
-        elif isinstance(argument, TensorDescriptor):
-            traits += argument.base.dtype, *argument.block_shape
+            address = argument.data_ptr()
+            values.append(address)
+            traits.append(argument.dtype)
+            traits.append(address & 15)
         else:
-            traits.append(argument)
-        values.append(value)
+            values.append(argument)
+            if isinstance(argument, TensorDescriptor):
+                traits.append(argument.base.dtype)
+                traits.extend(argument.block_shape)
+            else:
+                traits.append(argument)
     key = (*traits, *constants.values())
     known = _compiled.get(key)
-    if known:
-        compiled, last_values = known
-        compiled[grid + (1,) * (3 - len(grid))](*values, *last_values)
-    elif compiled := kernel[grid](*args, **constants):
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    if known is None:
+        if compiled := kernel[grid](*args, **constants):
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, last_values = known
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    handles = (stream, compiled.function, compiled.packed_metadata)
+    compiled.run(*(*grid, 1, 1)[:3], *handles, None, None, None, *values, *last_values)

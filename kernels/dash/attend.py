@@ -1,4 +1,4 @@
-"""Stage 2 in Triton: attention over the own chunk and a tile's list of routed chunks."""
+"""Stage 2 in Triton: attention of a tile over its own chunk and its list of routed chunks."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.routing import Routing
-from dash_train.kernels.dash.tiles import Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import TILE_ROWS, Lists, Segment, Shape
 from dash_train.kernels.launch import launch
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -27,36 +27,46 @@ def attend_segment(
 ) -> None:
     """Attention of one segment's queries: writes its rows of `out` (like q, contiguous) and of `lse`.
 
-    lse [batch, heads, q_len] fp32: the natural logarithm of the softmax's denominator, log-prior included.
+    lse [batch, kv_heads, q_len, group] fp32: the natural logarithm of the softmax's denominator, log-prior included.
     """
     block_dim = shape.block_dim
+    tile = attended_tile(shape, q.dtype)
     keys = min(shape.chunk_size, 16 if k.dtype == torch.float32 else 64)
     launch(
         attend_kernel,
-        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
+        (-(-segment.tokens // tile), shape.batch * shape.kv_heads),
         q,
         TensorDescriptor.from_tensor(k, [1, keys, 1, block_dim]),
         TensorDescriptor.from_tensor(v, [1, keys, 1, block_dim]),
         *lists,
-        routing.union_chunks,
+        routing.lengths,
         out,
         lse,
         *q.stride()[:3],
         shape.q_len,
-        routing.union_chunks.shape[2],
+        routing.lengths.shape[2],
+        shape.lists(segment.tokens),
         *segment,
         LOG2_E * shape.head_dim**-0.5,
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
         PADDED_GROUP=shape.padded_group,
-        TILE=shape.tile_tokens,
+        TILE=tile,
+        LIST=shape.list_tokens,
+        BLOCKS=shape.list_blocks,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=block_dim,
         KEYS=keys,
         STAGES=4 if block_dim <= 128 else 2,  # blocks of keys and values in flight; on an SM two programs fit at 128
-        num_warps=4,
+        num_warps=tile * shape.padded_group // 16 if tile > shape.tile_tokens else 4,
     )
+
+
+def attended_tile(shape: Shape, dtype: torch.dtype) -> int:
+    """Tokens of a tile in this pass: twice TILE_ROWS rows where they share a list and registers hold them."""
+    fits = dtype != torch.float32 and shape.block_dim <= 128 and shape.padded_group <= TILE_ROWS
+    return shape.tile_tokens * (min(2, shape.list_tiles) if fits else 1)
 
 
 @triton.jit
@@ -66,24 +76,27 @@ def attend_kernel(
     v_tiles,
     chunks_ptr,
     prior_ptr,
-    union_ptr,
+    lengths_ptr,
     out_ptr,
     lse_ptr,
     q_batch_stride,
     q_token_stride,
     q_head_stride,
     q_len,
-    row_tiles,
+    row_lists,
+    lists,
     first_row,
     first_position,
     tokens,
-    first_tile,
+    first_list,
     capacity,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    LIST: tl.constexpr,
+    BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -132,15 +145,18 @@ def attend_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         highest = new_highest
 
-    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    own_list = tile // (LIST // TILE)
+    list_start = (sequence * lists + own_list) * capacity
     chunks_ptr += list_start
-    prior_ptr += list_start * TILE + row // PADDED_GROUP
-    length = tl.load(union_ptr + sequence * row_tiles + first_tile + tile)
-    BLOCKS: tl.constexpr = CHUNK // KEYS
-    for step in tl.range(0, length * BLOCKS, num_stages=STAGES):
-        entry = step // BLOCKS
-        key = tl.load(chunks_ptr + entry) * CHUNK + step % BLOCKS * KEYS
-        prior = tl.load(prior_ptr + entry * TILE)
+    prior_ptr += list_start * BLOCKS
+    if BLOCKS > 1:
+        prior_ptr += row // (TILE // BLOCKS * PADDED_GROUP)
+    length = tl.load(lengths_ptr + sequence * row_lists + first_list + own_list)
+    STEPS: tl.constexpr = CHUNK // KEYS
+    for step in tl.range(0, length * STEPS, num_stages=STAGES):
+        entry = step // STEPS
+        key = tl.load(chunks_ptr + entry) * CHUNK + step % STEPS * KEYS
+        prior = tl.load(prior_ptr + entry * BLOCKS)  # one, or one a row
         k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -154,5 +170,5 @@ def attend_kernel(
     out_rows = out_ptr + ((batch * q_len + first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * HEAD_DIM
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_rows[:, None] + dim[None, :], out, mask=is_real[:, None] & in_dim[None, :])
-    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_len + first_row + token
-    tl.store(lse_ptr + per_head, (highest + tl.log2(total)) * LN_2, mask=is_real)
+    per_row = (sequence * q_len + first_row + token) * GROUP + head
+    tl.store(lse_ptr + per_row, (highest + tl.log2(total)) * LN_2, mask=is_real)

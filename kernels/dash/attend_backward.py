@@ -12,10 +12,10 @@ from dash_train.kernels.dash.tiles import Lists, Segment, Shape, power_of_two
 from dash_train.kernels.launch import launch
 
 
-def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
-    """delta = out.dout of every row, [batch, heads, q_len] fp32; both contiguous [batch, q_len, heads, head_dim]."""
+def row_deltas(out: Tensor, dout: Tensor, lse: Tensor) -> Tensor:
+    """delta = out.dout of every row, like lse; both contiguous [batch, q_len, heads, head_dim]."""
     batch, q_len, heads, head_dim = out.shape
-    delta = torch.empty(batch, heads, q_len, device=out.device)
+    delta = torch.empty_like(lse)
     rows = 64
     launch(
         delta_kernel,
@@ -25,6 +25,7 @@ def row_deltas(out: Tensor, dout: Tensor) -> Tensor:
         delta,
         q_len,
         HEADS=heads,
+        GROUP=lse.shape[3],
         HEAD_DIM=head_dim,
         BLOCK_DIM=power_of_two(head_dim),
         ROWS=rows,
@@ -43,17 +44,19 @@ def attend_backward_segment(
     segment: Segment,
     lists: Lists,
     lengths: Tensor,
+    g: Tensor,
     dq: Tensor,
 ) -> None:
-    """Writes a segment's rows of dq (like q, contiguous), routing not counted, and g_c over the log-prior in `lists`.
+    """Writes a segment's rows of dq (like q, contiguous), routing not counted, and g_c of every entry of `lists`.
 
-    dout like q, contiguous; lse, delta [batch, heads, q_len]; lengths [batch, kv_heads, tiles] of the lists.
+    dout like q, contiguous; lse, delta [batch, kv_heads, q_len, group]; lengths [batch, kv_heads, lists] of the lists.
+    g fp32, like lists.prior and possibly the same, or where several tiles share a list [..., list_tiles]: each tile's.
     """
     keys = keys_in_product(k, shape)
     block = [1, keys, 1, shape.block_dim]
     launch(
         attend_backward_kernel,
-        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
+        (shape.lists(segment.tokens) * shape.list_tiles, shape.batch * shape.kv_heads),  # tiles past the end add g = 0
         q,
         TensorDescriptor.from_tensor(k, block),
         TensorDescriptor.from_tensor(v, block),
@@ -63,10 +66,12 @@ def attend_backward_segment(
         dout,
         lse,
         delta,
+        g,
         dq,
         *q.stride()[:3],
         shape.q_len,
         lengths.shape[2],
+        shape.lists(segment.tokens),
         *segment,
         shape.head_dim**-0.5,
         LOG2_E,
@@ -74,6 +79,8 @@ def attend_backward_segment(
         GROUP=shape.group,
         PADDED_GROUP=shape.padded_group,
         TILE=shape.tile_tokens,
+        TILES=shape.list_tiles,
+        BLOCKS=shape.list_blocks,
         CHUNK=shape.chunk_size,
         KEYS=keys,
         HEAD_DIM=shape.head_dim,
@@ -91,6 +98,7 @@ def delta_kernel(
     delta_ptr,
     q_len,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -103,7 +111,9 @@ def delta_kernel(
     offset = (batch * q_len * HEADS + row)[:, None] * HEAD_DIM + dim[None, :]
     out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + (batch * HEADS + row % HEADS) * q_len + row // HEADS, tl.sum(out * dout, 1), mask=is_row)
+    sequence = batch * (HEADS // GROUP) + row % HEADS // GROUP
+    place = (sequence * q_len + row // HEADS) * GROUP + row % GROUP
+    tl.store(delta_ptr + place, tl.sum(out * dout, 1), mask=is_row)
 
 
 @triton.jit
@@ -117,16 +127,18 @@ def attend_backward_kernel(
     dout_ptr,
     lse_ptr,
     delta_ptr,
+    g_ptr,
     dq_ptr,
     q_batch_stride,
     q_token_stride,
     q_head_stride,
     q_len,
-    row_tiles,
+    row_lists,
+    lists,
     first_row,
     first_position,
     tokens,
-    first_tile,
+    first_list,
     capacity,
     scale,
     log2_e,
@@ -134,6 +146,8 @@ def attend_backward_kernel(
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -141,7 +155,7 @@ def attend_backward_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a tile, the longest histories first. An entry's log-prior is read, then g written over it."""
+    """One program a tile, the longest histories first. An entry's log-prior is read, then its g written."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
@@ -157,9 +171,9 @@ def attend_backward_kernel(
     dout = tl.load(dout_ptr + rows[:, None] + dim[None, :], mask=mask, other=0.0)
     q = tl.where(is_real[:, None], q, 0.0)  # keeps both in registers, as in the forward pass
     dout = tl.where(is_real[:, None], dout, 0.0)
-    per_head = (batch * HEADS + head) * q_len + first_row + token
-    lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
-    delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
+    per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
+    lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
+    delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
 
     own = (first_position + tile * TILE) // CHUNK
     k_head = kv_head.to(tl.int32)
@@ -175,24 +189,32 @@ def attend_backward_kernel(
         dlogits *= tl.exp2(logits - lse[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    own_list = tile // TILES
+    list_start = (sequence * lists + own_list) * capacity
     chunks_ptr += list_start
-    prior_rows = prior_ptr + list_start * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP
-    prior_tokens = prior_ptr + list_start * TILE + tl.arange(0, TILE)
-    length = tl.load(lengths_ptr + sequence * row_tiles + first_tile + tile)
-    BLOCKS: tl.constexpr = CHUNK // KEYS
+    prior_ptr += list_start * BLOCKS
+    if BLOCKS > 1:
+        prior_ptr += tl.arange(0, TILE * PADDED_GROUP) // (TILE // BLOCKS * PADDED_GROUP)
+        g_ptr += list_start * BLOCKS + tl.arange(0, BLOCKS)
+    else:
+        g_ptr += list_start * TILES + tile % TILES
+    length = tl.load(lengths_ptr + sequence * row_lists + first_list + own_list)
+    STEPS: tl.constexpr = CHUNK // KEYS
     g = tl.zeros([TILE * PADDED_GROUP], tl.float32)
-    for step in tl.range(0, length * BLOCKS, num_stages=STAGES):
-        entry = step // BLOCKS
-        start = tl.load(chunks_ptr + entry) * CHUNK + step % BLOCKS * KEYS
-        shift = tl.load(prior_rows + entry * TILE) - lse
+    for step in tl.range(0, length * STEPS, num_stages=STAGES):
+        entry = step // STEPS
+        start = tl.load(chunks_ptr + entry) * CHUNK + step % STEPS * KEYS
+        shift = tl.load(prior_ptr + entry * BLOCKS) - lse
         k = k_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dlogits = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         dlogits *= tl.exp2(logits * logit_scale + shift[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
-        g = tl.where(step % BLOCKS == 0, 0.0, g) + tl.sum(dlogits, 1)
-        if step % BLOCKS == BLOCKS - 1:
-            tl.store(prior_tokens + entry * TILE, tl.sum(tl.reshape(g, [TILE, PADDED_GROUP]), 1))
+        g = tl.where(step % STEPS == 0, 0.0, g) + tl.sum(dlogits, 1)
+        if step % STEPS == STEPS - 1:
+            if BLOCKS > 1:
+                tl.store(g_ptr + entry * BLOCKS, tl.sum(tl.reshape(g, [BLOCKS, TILE // BLOCKS * PADDED_GROUP]), 1))
+            else:
+                tl.store(g_ptr + entry * TILES, tl.sum(g, 0))
     tl.store(dq_ptr + rows[:, None] + dim[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.checks import BACKENDS, check_choice, check_heads, check_numbers, check_positions
+from dash_train.kernels.dash.checks import (
+    BACKENDS,
+    check_block,
+    check_choice,
+    check_heads,
+    check_numbers,
+    check_positions,
+    check_router,
+)
 from dash_train.kernels.dash.reference import dash_attention_reference
 from dash_train.kernels.dash.stages import DashConfig
 
@@ -21,6 +29,8 @@ def dash_attention(
     routing_scale: float = 1.0,
     prior_normalizer: str = "geometric_mean",
     prior_temperature: float = 1.0,
+    routing_block: int = 1,
+    router_q: Tensor | None = None,
     document_starts: Tensor | None = None,
     query_starts: tuple[int, ...] = (0,),
     support: Tensor | None = None,
@@ -38,6 +48,11 @@ def dash_attention(
         prior_normalizer: what is subtracted from the log-probability of a routed chunk: "geometric_mean" over the
             routed chunks, "peak" (their maximum) or "none".
         prior_temperature: divides the result; unused with "none".
+        routing_block: consecutive tokens that share a routing: a power of two that divides chunk_size. Documents are
+            cut into such blocks from their first token on. 1 is the paper's.
+        router_q: [batch, ceil(q_len / routing_block), heads, head_dim], what the router sees in place of q, in q's
+            type and differentiable: one query a block, as router_queries makes them. Default, with a routing_block of
+            1: q.
         document_starts: integer [batch, seq], the row position at which each token's document begins, a multiple of
             chunk_size; default one document a row.
         query_starts: q is this many equal pieces; piece i stands at positions query_starts[i], +1, ... of the row.
@@ -54,9 +69,11 @@ def dash_attention(
     """
     check_heads(q, k, v, chunk_query)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    check_block(routing_block, chunk_size)
     check_positions(q, k, chunk_size, document_starts, query_starts, support)
+    check_router(q, router_q, routing_block, query_starts)
     check_choice("backend", backend, BACKENDS)
-    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
     if document_starts is None:
         document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
     obstacle = triton_obstacle(q, chunk_size, support)
@@ -70,6 +87,7 @@ def dash_attention(
             k,
             v,
             chunk_query,
+            router_q,
             config=config,
             document_starts=document_starts,
             query_starts=query_starts,
@@ -85,11 +103,12 @@ def dash_attention(
             document_starts=document_starts,
             query_starts=query_starts,
             support=support,
+            router_q=router_q,
         )
     return (out, stats) if return_stats else out
 
 
-def triton_obstacle(q: Tensor, chunk_size: int, support: Tensor | None = None) -> str | None:
+def triton_obstacle(q: Tensor, chunk_size: int = 64, support: Tensor | None = None) -> str | None:
     """Why the Triton kernels cannot run this call; None if they can."""
     head_dim = q.shape[-1]
     types = {torch.bfloat16, torch.float16, torch.float32} if q.is_cuda else {torch.float16, torch.float32}

@@ -7,7 +7,7 @@ from dash_train.kernels.dash.attend_backward import attend_backward_segment, row
 from dash_train.kernels.dash.inverse import invert_lists
 from dash_train.kernels.dash.keys_backward import keys_backward_segment
 from dash_train.kernels.dash.restore import Kept, restore_segment
-from dash_train.kernels.dash.routing_backward import routing_backward_segment
+from dash_train.kernels.dash.routing_backward import new_summary_gradients, routing_backward_segment
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.summaries_backward import summaries_backward
@@ -20,32 +20,36 @@ def dash_backward(
     k: Tensor,
     v: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     out: Tensor,
     lse: Tensor,
     kept: Kept,
     *,
     config: DashConfig,
     query_starts: tuple[int, ...],
-    router_dq: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and chunk_query, in their types, contiguous.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, chunk_query and router_q, in their types, contiguous.
 
     dout contiguous, like q; q, k and v as the copy engine wants them; out, lse and kept as dash_forward returned them.
-    router_dq (zeros like q, of any floating type) takes the router's part of dq, which the result then lacks.
     """
-    shape = shape_of(q, k, config.chunk_size)
+    shape = shape_of(q, k, config.chunk_size, config.routing_block)
     sequences = shape.batch * shape.kv_heads
-    delta = row_deltas(out, dout)
+    delta = row_deltas(out, dout, lse)
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    drouter_q = None if router_q is None else torch.zeros_like(router_q, memory_format=torch.contiguous_format)
+    routed_q, drouted_q = (q, dq) if router_q is None else (router_q, drouter_q)
     dk, dv = torch.zeros(2, sequences, shape.seq, shape.head_dim, device=q.device)
-    dsummaries = torch.zeros(sequences, summaries.shape[1], shape.head_dim, device=q.device)
-    for segment, lists in new_lists(shape, query_starts, q.device):
-        restore_segment(q, parts, config, shape, segment, kept, lists)
-        inverse = invert_lists(shape, segment, lists, kept.union_chunks)
+    dsummaries = new_summary_gradients(shape, q.device)
+    for segment, lists in new_lists(shape, query_starts, q.device, backward=True):
+        restore_segment(routed_q, parts, config, shape, segment, kept, lists)
+        inverse = invert_lists(shape, segment, lists, kept.lengths)
         keys_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, inverse, dk, dv)
-        # From here on `lists` holds the gradients of the log-priors in their place.
-        attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.union_chunks, dq)
-        into = dq if router_dq is None else router_dq
-        routing_backward_segment(q, parts, config, shape, segment, lists, kept, into, dsummaries)
-    return dq, *summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)
+        # The gradients of the log-priors take their place, unless several tiles have a share in each.
+        g = lists.prior
+        if shape.list_tiles > 1:
+            g = torch.empty(*lists.chunks.shape, shape.list_tiles, device=q.device)
+        attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.lengths, g, dq)
+        routing_backward_segment(routed_q, parts, config, shape, segment, lists, g, kept, drouted_q, dsummaries)
+    dk_dv_dw = summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)
+    return dq, *dk_dv_dw, drouter_q

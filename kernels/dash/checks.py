@@ -66,6 +66,47 @@ def check_numbers(chunk_size: int, routing_scale: float, prior_normalizer: str, 
     check_choice("prior_normalizer", prior_normalizer, PRIOR_NORMALIZERS)
 
 
+def check_block(routing_block: int, chunk_size: int) -> None:
+    """Routing blocks are equal parts of a chunk."""
+    if routing_block < 1 or routing_block & (routing_block - 1) or chunk_size % routing_block:
+        raise ValueError(
+            f"routing_block is {routing_block}, expected a power of two that divides chunk_size={chunk_size}"
+        )
+
+
+def check_router(q: Tensor, router_q: Tensor | None, routing_block: int, query_starts: tuple[int, ...]) -> None:
+    """The routers' queries are one a routing block of q."""
+    batch, q_len, heads, head_dim = q.shape
+    piece = q_len // len(query_starts)
+    if len(query_starts) > 1 and piece % routing_block:
+        raise ValueError(
+            f"query_starts cuts q into pieces of {piece} tokens, expected a multiple of routing_block={routing_block}"
+        )
+    if router_q is not None:
+        blocks = -(-q_len // routing_block)
+        check_shape("router_q", router_q, batch=batch, blocks=blocks, heads=heads, head_dim=head_dim)
+        check_same_kind("router_q", router_q, q)
+    elif routing_block > 1:
+        raise ValueError(
+            f"router_q is None, expected one query a routing block of {routing_block} tokens: see router_queries"
+        )
+
+
+def check_pieces(q: Tensor, query_starts: tuple[int, ...]) -> None:
+    """q is so many equal pieces."""
+    if not query_starts or q.shape[1] % len(query_starts):
+        raise ValueError(f"query_starts has {len(query_starts)} pieces, expected a divisor of q_len={q.shape[1]}")
+
+
+def check_documents(document_starts: Tensor | None, batch: int, seq: int) -> None:
+    """One start for every token of the rows. The values are not read: no host sync."""
+    if document_starts is None:
+        return
+    check_shape("document_starts", document_starts, batch=batch, seq=seq)
+    if document_starts.is_floating_point() or document_starts.dtype == torch.bool:
+        raise ValueError(f"document_starts has type {document_starts.dtype}, expected an integer type")
+
+
 def check_positions(
     q: Tensor,
     k: Tensor,
@@ -77,8 +118,7 @@ def check_positions(
     """Where queries and documents stand in the row. The values of document_starts are not read: no host sync."""
     batch, q_len, heads, _ = q.shape
     seq = k.shape[1]
-    if not query_starts or q_len % len(query_starts):
-        raise ValueError(f"query_starts has {len(query_starts)} pieces, expected a divisor of q_len={q_len}")
+    check_pieces(q, query_starts)
     piece = q_len // len(query_starts)
     for start in query_starts:
         if start < 0 or start % chunk_size or start + piece > seq:
@@ -86,10 +126,7 @@ def check_positions(
                 f"query_starts has {start}: expected a multiple of chunk_size={chunk_size} from 0 to seq - piece = "
                 f"{seq} - {piece}, so that the piece's keys are in k"
             )
-    if document_starts is not None:
-        check_shape("document_starts", document_starts, batch=batch, seq=seq)
-        if document_starts.is_floating_point() or document_starts.dtype == torch.bool:
-            raise ValueError(f"document_starts has type {document_starts.dtype}, expected an integer type")
+    check_documents(document_starts, batch, seq)
     if support is not None:
         check_shape("support", support, batch=batch, heads=heads, q_len=q_len, chunks=-(-seq // chunk_size))
         if support.dtype != torch.bool:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dash_train.kernels.dash import decode_reference
 from dash_train.kernels.dash.attention import triton_obstacle
 from dash_train.kernels.dash.checks import (
     BACKENDS,
+    check_block,
     check_choice,
     check_dimensions,
     check_group,
@@ -15,12 +17,10 @@ from dash_train.kernels.dash.checks import (
     check_same_kind,
     check_shape,
 )
+from dash_train.kernels.dash.routing_state import RoutingState, check_state
 from dash_train.kernels.dash.stages import (
     ChunkLists,
     DashConfig,
-    Rows,
-    attend_rows,
-    group_heads,
     summarize,
     whole_chunks,
 )
@@ -82,6 +82,7 @@ def update_summaries(
     summaries[sequence, chunk] = torch.where(completed, new.to(summaries.dtype), summaries[sequence, chunk])
 
 
+@torch.no_grad()
 def dash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -93,6 +94,8 @@ def dash_decode(
     routing_scale: float = 1.0,
     prior_normalizer: str = "geometric_mean",
     prior_temperature: float = 1.0,
+    routing_block: int = 1,
+    state: RoutingState | None = None,
     backend: str = "auto",
     return_active: bool = False,
 ) -> Any:  # Tensor, or (Tensor, Tensor) with return_active
@@ -104,7 +107,10 @@ def dash_decode(
         k_cache, v_cache: [batch, capacity, kv_heads, head_dim]; what lies beyond `lengths` is not read.
         summaries: [batch, ceil(capacity / chunk_size), kv_heads, head_dim] float32, of the complete chunks.
         lengths: [batch] int32, up to capacity, the new token included. A sequence of length 0 gets zeros.
-        chunk_size, routing_scale, prior_normalizer, prior_temperature: as in dash_attention.
+        chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block: as in dash_attention.
+        state: the routing state, to which append_token has added this token. A sequence whose token begins a routing
+            block routes, with the state's query; all others attend to the state's list. Needed when routing_block > 1;
+            without it every sequence routes with q.
         backend: "reference" (torch), "triton" (CUDA, or CPU under TRITON_INTERPRET=1; head_dim a multiple of 16 up to
             256, chunk_size 16, 32, 64 or 128) or "auto": triton on CUDA where it can, else reference. Triton waits for
             nothing and launches the same programs at all lengths, so a CUDA graph can hold it.
@@ -126,41 +132,36 @@ def dash_decode(
     check_same_kind("k_cache", k_cache, q)
     check_same_kind("v_cache", v_cache, q)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    check_block(routing_block, chunk_size)
+    check_state(state, q, kv_heads, summaries.shape[1], routing_block)
     check_choice("backend", backend, BACKENDS)
-    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
-    if use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size):
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
+    on_triton = use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size)
+    lists = route_newest(q, summaries, lengths, config, state, on_triton)
+    if on_triton:
         from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
-        from dash_train.kernels.dash.decode_routing import route_newest
 
-        lists = route_newest(q, summaries, lengths.contiguous(), config)
         out = attend_lists(q, k_cache, v_cache, lists, config)
-        return (out, _active_chunks(lists, config)) if return_active else out
-    out, active_chunks = _decode_reference(q, k_cache, v_cache, summaries, lengths, config)
-    return (out, active_chunks) if return_active else out
+    else:
+        out = decode_reference.attend_lists(q, k_cache, v_cache, lists, lengths, config)
+    return (out, _active_chunks(lists, config)) if return_active else out
+
+
+def route_newest(
+    q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig, state: RoutingState | None, on_triton: bool
+) -> ChunkLists:
+    """What the newest tokens attend to, for arguments already checked."""
+    router_q, kept = (q, None) if state is None else (state.router_q, state.lists)
+    if on_triton:
+        from dash_train.kernels.dash import decode_routing  # triton, which only this backend needs
+
+        return decode_routing.route_newest(router_q, summaries, lengths.contiguous(), config, kept)
+    return decode_reference.route_newest(router_q, summaries, lengths, config, kept)
 
 
 def _active_chunks(lists: ChunkLists, config: DashConfig) -> Tensor:
     """All chunks of a list are full but the own one, which holds the newest token at least."""
     return (-(-lists.keys // config.chunk_size) - 1).clamp(min=0)
-
-
-def _decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig
-) -> tuple[Tensor, Tensor]:
-    """One row of the definition in stages.py for each sequence."""
-    grouped_q = group_heads(q[:, None], k_cache.shape[2])
-    unwritten = (torch.arange(k_cache.shape[1], device=q.device) >= lengths[:, None])[..., None, None]
-    rows = Rows(
-        q=grouped_q,
-        k=whole_chunks(k_cache.masked_fill(unwritten, 0), config.chunk_size),
-        v=whole_chunks(v_cache.masked_fill(unwritten, 0), config.chunk_size),
-        summaries=summaries.transpose(1, 2).to(grouped_q.dtype),
-        positions=lengths.clamp(min=1)[:, None] - 1,  # a sequence of length 0 sees one value, and that is zero
-        starts=torch.zeros_like(lengths)[:, None],
-        support=None,
-    )
-    attended = attend_rows(rows, config)
-    return attended.out.flatten(1, 3).to(q.dtype), attended.active_chunks[..., 0]
 
 
 def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size: int) -> None:

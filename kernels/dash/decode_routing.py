@@ -23,13 +23,23 @@ LIST_WIDTH = 2048  # chunks that the program of a KV head looks at in one step
 LIST_WARPS = 8
 
 
-def route_newest(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
-    """q [batch, heads, head_dim] and summaries [batch, chunks, kv_heads, head_dim] fp32, last dimension contiguous."""
-    return list_chunks(score_chunks(q, summaries, lengths, config), lengths, config)
+def route_newest(
+    q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig, kept: ChunkLists | None = None
+) -> ChunkLists:
+    """What the newest tokens attend to.
+
+    q [batch, heads, head_dim], the routers' queries, and summaries [batch, chunks, kv_heads, head_dim] fp32, last
+    dimension contiguous.
+    kept: the lists of the token before, changed in place: a sequence within a block keeps its list, and its own chunk
+    grows. Without them every sequence routes.
+    """
+    return list_chunks(score_chunks(q, summaries, lengths, config), lengths, config, kept)
 
 
 def score_chunks(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConfig) -> Tensor:
-    """z = s / 2 of every eligible chunk, [batch, kv_heads, group, chunks] fp32; of the others, whatever was there."""
+    """z = s / 2 of every eligible chunk, [batch, kv_heads, group, chunks] fp32; of the others, and of sequences whose
+    token does not begin a block, whatever was there.
+    """
     batch, heads, head_dim = q.shape
     chunks, kv_heads = summaries.shape[1:3]
     group = heads // kv_heads
@@ -47,6 +57,7 @@ def score_chunks(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConf
         GROUP=group,
         ROWS=max(MATRIX_ROWS, triton.next_power_of_2(group)),
         CHUNK=config.chunk_size,
+        ROUTING_BLOCK=config.routing_block,
         HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         BLOCK=SUMMARIES_PER_PROGRAM,
@@ -55,10 +66,10 @@ def score_chunks(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConf
     return z
 
 
-def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
-    """The lists from the scores of score_chunks."""
+def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig, kept: ChunkLists | None = None) -> ChunkLists:
+    """The lists from the scores of score_chunks, written to `kept` if it is given."""
     batch, kv_heads, group, chunks = z.shape
-    lists = ChunkLists(
+    lists = kept or ChunkLists(
         chunks=torch.empty(batch, kv_heads, chunks, device=z.device, dtype=torch.int32),
         log_pbar=torch.empty(batch, kv_heads, chunks, device=z.device),
         keys=torch.empty(batch, kv_heads, device=z.device, dtype=torch.int32),
@@ -75,6 +86,7 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
         chunks,
         HEADS=kv_heads * group,
         CHUNK=config.chunk_size,
+        ROUTING_BLOCK=config.routing_block,
         WIDTH=width,
         num_warps=min(32, max(4, width // SCORES_PER_WARP)),
     )
@@ -89,6 +101,7 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig) -> ChunkLists:
         KV_HEADS=kv_heads,
         GROUP=group,
         CHUNK=config.chunk_size,
+        ROUTING_BLOCK=config.routing_block,
         WIDTH=min(width, LIST_WIDTH),
         NORMALIZER=config.prior_normalizer,
         num_warps=LIST_WARPS,
@@ -113,6 +126,7 @@ def score_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROUTING_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,8 +135,9 @@ def score_kernel(
     sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
     batch = sequence // KV_HEADS
     kv_head = sequence % KV_HEADS
-    eligible = own_chunk(tl.load(lengths_ptr + batch), CHUNK)
-    if tl.program_id(0) * BLOCK >= eligible:
+    length = tl.load(lengths_ptr + batch)
+    eligible = own_chunk(length, CHUNK)
+    if (tl.program_id(0) * BLOCK >= eligible) | within_block(length, ROUTING_BLOCK):
         return
 
     head = tl.arange(0, ROWS)
@@ -155,12 +170,14 @@ def threshold_kernel(
     chunks,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROUTING_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One program a head, as in routing.py; nothing is written where no chunk is eligible."""
     row = tl.program_id(0).to(tl.int64)  # batch * HEADS + head
-    eligible = own_chunk(tl.load(lengths_ptr + row // HEADS), CHUNK)
-    if eligible == 0:
+    length = tl.load(lengths_ptr + row // HEADS)
+    eligible = own_chunk(length, CHUNK)
+    if (eligible == 0) | within_block(length, ROUTING_BLOCK):
         return
     lane = tl.arange(0, WIDTH)
     z = tl.load(z_ptr + row * chunks + lane, mask=lane < eligible, other=float("-inf"))[None, :]
@@ -187,6 +204,7 @@ def list_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROUTING_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     NORMALIZER: tl.constexpr,
 ):
@@ -194,6 +212,10 @@ def list_kernel(
     sequence = tl.program_id(0).to(tl.int64)  # batch * KV_HEADS + KV head
     length = tl.load(lengths_ptr + sequence // KV_HEADS).to(tl.int32)
     eligible = own_chunk(length, CHUNK)
+    if within_block(length, ROUTING_BLOCK):
+        listed = tl.cdiv(tl.load(keys_ptr + sequence), CHUNK)
+        tl.store(keys_ptr + sequence, (listed - 1 - eligible) * CHUNK + length)
+        return
     lane = tl.arange(0, WIDTH)
     chunks_ptr += sequence * chunks
     log_pbar_ptr += sequence * chunks
@@ -233,3 +255,9 @@ def list_kernel(
 def own_chunk(length, CHUNK: tl.constexpr):
     """The newest token's chunk, which is also the number of eligible ones; 0 for a sequence of length 0."""
     return (tl.maximum(length.to(tl.int32), 1) - 1) // CHUNK
+
+
+@triton.jit
+def within_block(length, ROUTING_BLOCK: tl.constexpr):
+    """Whether the sequence keeps its list: its newest token does not begin a routing block."""
+    return (tl.maximum(length.to(tl.int32), 1) - 1) % ROUTING_BLOCK != 0

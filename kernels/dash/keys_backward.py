@@ -1,6 +1,10 @@
-"""Gradients of stage 2 with respect to keys and values, in Triton: chunk by chunk over the tiles that list it.
+"""Gradients of stage 2 with respect to keys and values, in Triton: chunk by chunk over the tokens that attend to it.
 
-The tiles of all chunks are cut into pieces of about equal work, so that a chunk to which everyone attends does not keep
+A step is a tile's rows: those of a tile most of which is routed to the chunk, or as many rows of routing blocks named
+one by one, gathered from wherever they stand. So few rows are spent on tokens that are not routed to the chunk,
+whatever their neighbours do.
+
+The steps of all chunks are cut into pieces of about equal work, so that a chunk to which everyone attends does not keep
 one program busy alone. A chunk's first piece adds to the result; the others go to slots of a fixed number, and are
 added afterwards, in order: no atomics, the same bits every time.
 """
@@ -24,9 +28,12 @@ MIN_PIECE = 64  # tiles
 
 
 class Pieces(NamedTuple):
-    """How the inverse lists are cut. A chunk's number counts all sequences: sequence * segment.chunks + chunk."""
+    """How the inverse lists are cut. A chunk's number counts all sequences: sequence * segment.chunks + chunk.
 
-    length: Tensor  # scalar int32: tiles in a piece
+    Their unit is a list, or as many routing blocks as a list has.
+    """
+
+    length: Tensor  # scalar int32: units in a piece
     slots: Tensor  # [chunks of all sequences] int32: how many slots each takes
     slots_end: Tensor  # the same size: the slots of all chunks up to this one
     owners: Tensor  # [slots] int32: the chunk whose piece goes there, or their number where none does
@@ -48,9 +55,8 @@ def keys_backward_segment(
 ) -> None:
     """Adds a segment's share to dk and dv [batch * kv_heads, seq, head_dim] fp32; routing not counted.
 
-    dout like q, contiguous; lse, delta [batch, heads, q_len].
+    dout like q, contiguous; lse, delta [batch, kv_heads, q_len, group].
     """
-    pieces = _cut(inverse.counts)
     partial = torch.empty(SLOTS, 2, shape.chunk_size, shape.head_dim, device=q.device)
     keys = keys_in_product(k, shape)
     block_dim = shape.block_dim
@@ -64,7 +70,7 @@ def keys_backward_segment(
         delta,
     )
     strides = (*k.stride()[:3], *v.stride()[:3])
-    sizes = (shape.q_len, shape.seq, shape.tiles(segment.tokens), *segment, shape.head_dim**-0.5, LOG2_E)
+    sizes = (shape.q_len, shape.seq, *segment[:3], shape.head_dim**-0.5, LOG2_E)
     common = {
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
@@ -83,41 +89,67 @@ def keys_backward_segment(
     launch(
         own_keys_kernel, (own_chunks, shape.chunk_size // keys, sequences), *inputs, dk, dv, *strides, *sizes, **common
     )
-    launch(
-        listed_keys_kernel,
-        (len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys),
-        *inputs,
-        dk,
-        dv,
-        lists.prior,
-        inverse.entries,
-        inverse.counts,
-        *pieces,
-        partial,
-        len(pieces.owners),
-        len(pieces.slots),
-        *strides,
-        *sizes,
-        **common,
-    )
-    launch(
-        add_slots_kernel,
-        (len(pieces.slots), shape.chunk_size // 16),
-        pieces.slots,
-        pieces.slots_end,
-        dk,
-        dv,
-        partial,
-        shape.seq,
-        segment.chunks,
-        CHUNK=shape.chunk_size,
-        HEAD_DIM=shape.head_dim,
-        BLOCK_DIM=block_dim,
-    )
+    for counts, unit in ((inverse.entry_counts, 1), (inverse.block_counts, shape.list_blocks))[: shape.list_blocks]:
+        pieces = _cut(counts, unit, shape)
+        launch(
+            listed_keys_kernel,
+            (len(pieces.owners) + len(pieces.slots), shape.chunk_size // keys),
+            *inputs,
+            dk,
+            dv,
+            q,
+            dout,
+            lists.prior,
+            inverse.entries,
+            inverse.blocks,
+            inverse.priors,
+            counts,
+            *pieces,
+            partial,
+            len(pieces.owners),
+            len(pieces.slots),
+            shape.lists(segment.tokens),
+            segment.chunks,
+            *q.stride()[:3],
+            *strides,
+            *sizes,
+            ROUTING_BLOCK=shape.routing_block,
+            BLOCKS=shape.list_blocks,
+            TILES=shape.list_tiles,
+            UNIT=unit,
+            **common | {"STAGES": _stages(unit, shape, q)},
+        )
+        launch(
+            add_slots_kernel,
+            (len(pieces.slots), shape.chunk_size // 16),
+            pieces.slots,
+            pieces.slots_end,
+            dk,
+            dv,
+            partial,
+            shape.seq,
+            segment.chunks,
+            CHUNK=shape.chunk_size,
+            HEAD_DIM=shape.head_dim,
+            BLOCK_DIM=block_dim,
+        )
 
 
-def _cut(counts: Tensor) -> Pieces:
-    """Pieces of at least MIN_PIECE tiles, few enough that all but every chunk's first fit into the slots."""
+def _stages(unit: int, shape: Shape, q: Tensor) -> int:
+    """Of the loop over listed keys: with 3 the numbers of rows are loaded one stage before the rows.
+
+    That pays but where every row has its own log-prior and rows come a tile at a time.
+    """
+    if shape.block_dim * q.element_size() > 256:
+        return 1
+    return 2 if unit == 1 and shape.list_blocks > 1 else 3
+
+
+def _cut(counts: Tensor, unit: int, shape: Shape) -> Pieces:
+    """Pieces of at least MIN_PIECE tiles, so few that all but every chunk's first fit into the slots.
+
+    counts [batch * kv_heads, chunks], of which `unit` are a unit of work.
+    """
     pieces = Pieces(
         length=counts.new_empty(()),
         slots=counts.new_empty(counts.numel()),
@@ -126,7 +158,16 @@ def _cut(counts: Tensor) -> Pieces:
     )
     chunks = counts.numel()
     launch(
-        cut_kernel, (1,), counts, *pieces, chunks, chunks.bit_length(), MIN_PIECE=MIN_PIECE, SLOTS=SLOTS, num_warps=8
+        cut_kernel,
+        (1,),
+        counts,
+        *pieces,
+        chunks,
+        chunks.bit_length(),
+        MIN_PIECE=max(1, MIN_PIECE // shape.list_tiles),
+        UNIT=unit,
+        SLOTS=SLOTS,
+        num_warps=8,
     )
     return pieces
 
@@ -141,20 +182,22 @@ def cut_kernel(
     chunks,
     steps,
     MIN_PIECE: tl.constexpr,
+    UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """One program: the length of a piece, the slots of each chunk, and by bisection the chunk of each slot."""
     lane = tl.arange(0, SLOTS)
     total = 0
     for block in range(0, chunks, SLOTS):
-        total += tl.sum(tl.load(counts_ptr + block + lane, mask=block + lane < chunks, other=0), 0)
+        count = tl.load(counts_ptr + block + lane, mask=block + lane < chunks, other=0)
+        total += tl.sum(tl.cdiv(count, UNIT), 0)
     length = tl.maximum(tl.cdiv(total, SLOTS), MIN_PIECE)
     tl.store(length_ptr, length)
     end = 0
     for block in range(0, chunks, SLOTS):
         in_chunks = block + lane < chunks
         count = tl.load(counts_ptr + block + lane, mask=in_chunks, other=0)
-        slots = tl.maximum(count - 1, 0) // length
+        slots = tl.maximum(tl.cdiv(count, UNIT) - 1, 0) // length
         tl.store(slots_ptr + block + lane, slots, mask=in_chunks)
         tl.store(slots_end_ptr + block + lane, end + tl.cumsum(slots, 0), mask=in_chunks)
         end += tl.sum(slots, 0)
@@ -188,12 +231,9 @@ def own_keys_kernel(
     v_head_stride,
     q_len,
     seq,
-    tiles,
     first_row,
     first_position,
     tokens,
-    first_tile,
-    capacity,
     scale,
     log2_e,
     KV_HEADS: tl.constexpr,
@@ -220,12 +260,12 @@ def own_keys_kernel(
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     first = tl.program_id(0) * (CHUNK // TILE)
-    for tile in tl.range(first, tl.minimum(first + CHUNK // TILE, tiles), num_stages=STAGES):
+    for tile in tl.range(first, tl.minimum(first + CHUNK // TILE, tl.cdiv(tokens, TILE)), num_stages=STAGES):
         token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
         is_seen = key[:, None] <= (first_position + token)[None, :]
-        per_head = (batch * KV_HEADS * GROUP + head) * q_len + first_row + token
-        lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
-        delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
+        per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
+        lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
+        delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
         place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
         q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
@@ -245,8 +285,12 @@ def listed_keys_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    q_ptr,
+    dout_ptr,
     prior_ptr,
     entries_ptr,
+    blocks_ptr,
+    priors_ptr,
     counts_ptr,
     length_ptr,
     slots_ptr,
@@ -255,6 +299,11 @@ def listed_keys_kernel(
     partial_ptr,
     slots,
     owners,
+    lists,
+    capacity,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
     k_batch_stride,
     k_token_stride,
     k_head_stride,
@@ -263,14 +312,15 @@ def listed_keys_kernel(
     v_head_stride,
     q_len,
     seq,
-    tiles,
     first_row,
     first_position,
     tokens,
-    first_tile,
-    capacity,
     scale,
     log2_e,
+    ROUTING_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    UNIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -282,7 +332,10 @@ def listed_keys_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a piece and KEYS keys: the pieces that go to slots, then every chunk's first."""
+    """One program a piece and KEYS keys: the pieces that go to slots, then every chunk's first.
+
+    A unit is a list as a whole, or with UNIT > 1 so many routing blocks named singly.
+    """
     slot = tl.program_id(0)
     length = tl.load(length_ptr)
     owner = slot - slots
@@ -292,9 +345,10 @@ def listed_keys_kernel(
         if owner == owners:
             return
         piece = slot - tl.load(slots_end_ptr + owner) + tl.load(slots_ptr + owner) + 1
-    first_entry = piece * length
-    last_entry = tl.minimum(first_entry + length, tl.load(counts_ptr + owner))
-    if first_entry >= last_entry:
+    begin = piece * length
+    count = tl.load(counts_ptr + owner)
+    end = tl.minimum(begin + length, tl.cdiv(count, UNIT))
+    if begin >= end:
         return
     sequence = (owner // capacity).to(tl.int64)  # batch * KV_HEADS + KV head
     batch = sequence // KV_HEADS
@@ -307,20 +361,46 @@ def listed_keys_kernel(
     v = _load_keys(v_ptr, key, v_token_stride, seq, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
-    entries_ptr += owner.to(tl.int64) * tiles
-    prior_ptr += sequence * tiles * capacity * TILE + tl.arange(0, TILE * PADDED_GROUP) // PADDED_GROUP
-    for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
-        listed = tl.load(entries_ptr + entry)
-        tile = listed // capacity
-        prior = tl.load(prior_ptr + listed.to(tl.int64) * TILE)
-        token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-        per_head = (batch * KV_HEADS * GROUP + head) * q_len + first_row + token
-        lse = tl.load(lse_ptr + per_head, mask=is_real, other=float("inf")) * log2_e
-        delta = tl.load(delta_ptr + per_head, mask=is_real, other=0.0)
-        place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
-        q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-        dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
-        dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
+    row = tl.arange(0, TILE * PADDED_GROUP)
+    if UNIT == 1:
+        entries_ptr += owner.to(tl.int64) * lists
+        prior_ptr += sequence * lists * capacity * BLOCKS
+        if BLOCKS > 1:
+            prior_ptr += row // (ROUTING_BLOCK * PADDED_GROUP)
+        for step in tl.range(begin * TILES, end * TILES, num_stages=STAGES):
+            entry = tl.load(entries_ptr + step // TILES)
+            tile = entry // capacity * TILES + step % TILES
+            prior = tl.load(prior_ptr + entry.to(tl.int64) * BLOCKS)  # one, or one a row
+            token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+            per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
+            lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
+            delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
+            place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
+            q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+            dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+            dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
+    else:
+        singles_start = owner.to(tl.int64) * lists * (BLOCKS // 2)
+        dim = tl.arange(0, BLOCK_DIM)
+        in_dim = (dim < HEAD_DIM)[None, :]
+        head = kv_head * GROUP + row % PADDED_GROUP
+        lse_ptr += (sequence * q_len + first_row) * GROUP + row % PADDED_GROUP
+        delta_ptr += (sequence * q_len + first_row) * GROUP + row % PADDED_GROUP
+        q_ptr += batch * q_batch_stride + head[:, None] * q_head_stride + dim[None, :]
+        dout_ptr += (batch * q_len * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+        for step in tl.range(begin, end, num_stages=STAGES):
+            single = step * UNIT + row // (ROUTING_BLOCK * PADDED_GROUP)
+            block = tl.load(blocks_ptr + singles_start + single, mask=single < count, other=0)
+            prior = tl.load(priors_ptr + singles_start + single, mask=single < count, other=float("-inf"))
+            token = block * ROUTING_BLOCK + row // PADDED_GROUP % ROUTING_BLOCK
+            is_real = (single < count) & (token < tokens) & (row % PADDED_GROUP < GROUP)
+            lse = tl.load(lse_ptr + token * GROUP, mask=is_real, other=float("inf")) * log2_e
+            delta = tl.load(delta_ptr + token * GROUP, mask=is_real, other=0.0)
+            token_row = (first_row + token).to(tl.int64)[:, None]
+            mask = is_real[:, None] & in_dim
+            q = tl.load(q_ptr + token_row * q_token_stride, mask=mask, other=0.0)
+            dout = tl.load(dout_ptr + token_row * (KV_HEADS * GROUP * HEAD_DIM), mask=mask, other=0.0)
+            dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
     dk *= scale
     if slot < slots:
         dim = tl.arange(0, BLOCK_DIM)

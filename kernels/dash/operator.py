@@ -16,9 +16,10 @@ from dash_train.kernels.dash.forward import dash_forward
 from dash_train.kernels.dash.restore import Kept
 from dash_train.kernels.dash.routing import new_routing, route_segment
 from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.stats import DashStats, count_eligible
+from dash_train.kernels.dash.stats import DashStats, RoutingCounts, by_token, count_eligible
 from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.tiles import new_lists, shape_of
+from dash_train.kernels.operators import operator
 
 
 def dash_attention_triton(
@@ -26,6 +27,7 @@ def dash_attention_triton(
     k: Tensor,
     v: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     *,
     config: DashConfig,
     document_starts: Tensor,
@@ -36,132 +38,151 @@ def dash_attention_triton(
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
-    out, _, tau, row_max, normalizer, union_chunks, _, active_chunks, residual = forward_operator(
-        q, k, v, chunk_query, document_starts, query_starts, *astuple(config)
+    out, _, tau, row_max, normalizer, lengths, _, active_chunks, residual = forward_operator(
+        q, k, v, chunk_query, router_q, document_starts, query_starts, *astuple(config)
     )
     if not return_stats:
         return out, None
-    shape = shape_of(q, k, config.chunk_size)
+    shape = shape_of(q, k, config.chunk_size, config.routing_block)
     stats = DashStats(
-        tau=tau,
-        row_max=row_max,
-        normalizer=normalizer,
-        active_chunks=active_chunks,
-        union_chunks=union_chunks,
-        residual=residual.amax(),
-        tile=shape.tile_tokens,
+        block_tau=tau,
+        block_row_max=row_max,
+        block_normalizer=normalizer,
+        counts=RoutingCounts(
+            active_chunks=active_chunks,
+            union_chunks=None if shape.list_tiles > 1 else lengths,
+            residual=residual.amax(),
+            tile=shape.tile_tokens,
+            block=shape.routing_block,
+            tokens=shape.q_len,
+        ),
         pieces=len(query_starts),
         count_eligible=lambda: count_eligible(document_starts, query_starts, shape.q_len, config.chunk_size),
-        support=lambda: _support(q, k, chunk_query, config, document_starts, query_starts),
+        support=lambda: _support(q, k, chunk_query, router_q, config, document_starts, query_starts),
     )
     return out, stats
 
 
-@torch.library.custom_op("dash_train::dash_attention", mutates_args=())
+@operator("dash_attention")
 def forward_operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     document_starts: Tensor,
     query_starts: Sequence[int],
     chunk_size: int,
     routing_scale: float,
     prior_normalizer: str,
     prior_temperature: float,
+    routing_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dash_forward: out, lse, the five of Kept, active_chunks, residual. `out` has a gradient."""
     q, k, v = (_for_the_copy_engine(t) for t in (q, k, v))
-    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
+    router_q = None if router_q is None else router_q.contiguous()
+    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
     forward = dash_forward(
-        q, k, v, chunk_query, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
+        q, k, v, chunk_query, router_q, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
     )
     return forward.out, forward.lse, *forward.kept, forward.prior.active_chunks, forward.routing.residual
 
 
-@torch.library.custom_op("dash_train::dash_attention_backward", mutates_args=())
+@operator("dash_attention_backward")
 def backward_operator(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     out: Tensor,
     lse: Tensor,
     tau: Tensor,
     row_max: Tensor,
     normalizer: Tensor,
-    union_chunks: Tensor,
-    union_bits: Tensor,
+    lengths: Tensor,
+    bits: Tensor,
     query_starts: Sequence[int],
     chunk_size: int,
     routing_scale: float,
     prior_normalizer: str,
     prior_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dash_backward: the gradients of q, k, v and chunk_query."""
+    routing_block: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dash_backward: the gradients of q, k, v, chunk_query and router_q, the last empty where there is none."""
     dout, q, k, v = (_for_the_copy_engine(t) for t in (dout.contiguous(), q, k, v))
-    config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
-    return dash_backward(
+    router_q = None if router_q is None else router_q.contiguous()
+    *gradients, drouter_q = dash_backward(
         dout,
         q,
         k,
         v,
         chunk_query,
+        router_q,
         out,
         lse,
-        Kept(tau, row_max, normalizer, union_chunks, union_bits),
-        config=config,
+        Kept(tau, row_max, normalizer, lengths, bits),
+        config=DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block),
         query_starts=tuple(query_starts),
     )
+    return *gradients, q.new_empty(0) if drouter_q is None else drouter_q
 
 
-@forward_operator.register_fake
+@torch.library.register_fake(forward_operator)
 def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     document_starts: Tensor,
     query_starts: Sequence[int],
     chunk_size: int,
-    *numbers: Any,
+    routing_scale: float,
+    prior_normalizer: str,
+    prior_temperature: float,
+    routing_block: int,
 ) -> tuple[Tensor, ...]:
-    shape = shape_of(q, k, chunk_size)
+    shape = shape_of(q, k, chunk_size, routing_block)
     pieces = len(query_starts)
-    per_tile = (shape.batch, shape.kv_heads, pieces * shape.tiles(shape.q_len // pieces))
-    lse, tau, row_max = (q.new_empty(shape.batch, shape.heads, shape.q_len, dtype=torch.float32) for _ in range(3))
-    normalizer = q.new_empty(shape.batch, shape.kv_heads, shape.q_len, dtype=torch.float32)
+    per_list = (shape.batch, shape.kv_heads, pieces * shape.lists(shape.q_len // pieces))
+    tau, row_max = (q.new_empty(shape.batch, shape.heads, shape.q_blocks, dtype=torch.float32) for _ in range(2))
+    normalizer = q.new_empty(shape.batch, shape.kv_heads, shape.q_blocks, dtype=torch.float32)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
-        lse,
+        q.new_empty(shape.batch, shape.kv_heads, shape.q_len, shape.group, dtype=torch.float32),
         tau,
         row_max,
         normalizer,
-        q.new_empty(per_tile, dtype=torch.int32),
-        q.new_empty(*per_tile, shape.words, dtype=torch.int32),
+        q.new_empty(per_list, dtype=torch.int32),
+        q.new_empty(*per_list, shape.words, dtype=torch.int32),
         torch.empty_like(normalizer, dtype=torch.int32),
-        q.new_empty(per_tile, dtype=torch.float32),
+        q.new_empty(per_list, dtype=torch.float32),
     )
 
 
-@backward_operator.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, chunk_query))
+@torch.library.register_fake(backward_operator)
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, router_q: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    inputs = (q, k, v, chunk_query, q.new_empty(0) if router_q is None else router_q)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, chunk_query, _, *ctx.options = inputs
-    out, lse, tau, row_max, normalizer, union_chunks, union_bits, *statistics = output
-    kept = (tau, row_max, normalizer, union_chunks, union_bits)
-    ctx.save_for_backward(q, k, v, chunk_query, out, lse, *kept)
+    q, k, v, chunk_query, router_q, _, *ctx.options = inputs
+    out, lse, *kept_and_statistics = output
+    kept, statistics = kept_and_statistics[:5], kept_and_statistics[5:]
+    ctx.save_for_backward(q, k, v, chunk_query, router_q, out, lse, *kept)
     ctx.mark_non_differentiable(lse, *kept, *statistics)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor, *others: None) -> tuple[Tensor | None, ...]:
-    gradients = backward_operator(dout, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * (1 + len(ctx.options))
+    *gradients, drouter_q = backward_operator(dout, *ctx.saved_tensors, *ctx.options)
+    has_router_q = ctx.saved_tensors[4] is not None
+    return *gradients, drouter_q if has_router_q else None, *[None] * (1 + len(ctx.options))
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
@@ -171,8 +192,8 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
-forward_operator.register_autograd(_backward, setup_context=_save)
-backward_operator.register_autograd(_no_second_derivative)
+torch.library.register_autograd(forward_operator, _backward, setup_context=_save)
+torch.library.register_autograd(backward_operator, _no_second_derivative)
 
 
 def _for_the_copy_engine(t: Tensor) -> Tensor:
@@ -187,15 +208,17 @@ def _support(
     q: Tensor,
     k: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None,
     config: DashConfig,
     document_starts: Tensor,
     query_starts: tuple[int, ...],
 ) -> Tensor:
     """bool [batch, heads, q_len, chunks]: r > 0. Routes again, to the same bits."""
-    shape = shape_of(q, k, config.chunk_size)
+    shape = shape_of(q, k, config.chunk_size, config.routing_block)
+    routed_q = q if router_q is None else router_q.contiguous()
     _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     routing = new_routing(shape, len(query_starts), q.device)
-    support = torch.zeros(shape.batch, shape.heads, shape.q_len, parts.shape[2], dtype=torch.bool, device=q.device)
+    support = torch.zeros(shape.batch, shape.heads, shape.q_blocks, parts.shape[2], dtype=torch.bool, device=q.device)
     for segment, lists in new_lists(shape, query_starts, q.device):
-        route_segment(q, parts, document_starts, config, shape, segment, lists, routing, support)
-    return support
+        route_segment(routed_q, parts, document_starts, config, shape, segment, lists, routing, support)
+    return by_token(support, shape.routing_block, shape.q_len, 2)

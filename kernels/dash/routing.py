@@ -1,9 +1,9 @@
-"""Stage 1 in Triton: thresholds, and for every tile the chunks its tokens may be routed to, with their probabilities.
+"""Stage 1 in Triton: thresholds, and for every list the chunks its tokens may be routed to, with their probabilities.
 
-A program owns one tile (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS eligible chunks
-they stay in registers, and all chunks are candidates. With more, a sample of the chunks comes first: its threshold is
-never above that of all chunks, so one pass finds the candidates, those that can matter to any row. They are usually a
-tenth of all, and only their scores are computed again.
+A program owns a few routing blocks (see tiles.py); scores are never written to memory. With up to RESIDENT_CHUNKS
+eligible chunks they stay in registers, and all chunks are candidates. With more, a sample of the chunks comes first:
+its threshold is never above that of all chunks, so one pass finds the candidates, those that can matter to any row.
+They are usually a tenth of all, and only their scores are computed again.
 
 The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and
 falling, so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes
@@ -31,28 +31,28 @@ SLACK = tl.constexpr(1e-5)  # how far below a sample's threshold a chunk may lie
 class Routing(NamedTuple):
     """What routing leaves behind for the statistics and the backward pass; all fp32 but the counts."""
 
-    tau: Tensor  # [batch, heads, q_len], relative to row_max
-    row_max: Tensor  # [batch, heads, q_len], of z; 0 where nothing is eligible
-    union_chunks: Tensor  # [batch, kv_heads, tiles] int32: the lengths of the lists; at first, of the candidates
-    residual: Tensor  # [batch, kv_heads, tiles]: worst |sum p - 1| of a tile
-    union_bits: Tensor  # [batch, kv_heads, tiles, words] int32: bit c % 32 of word c // 32: chunk c is in the list
+    tau: Tensor  # [batch, heads, q_blocks], relative to row_max
+    row_max: Tensor  # [batch, heads, q_blocks], of z; 0 where nothing is eligible
+    lengths: Tensor  # [batch, kv_heads, lists] int32, of the lists; at first, the number of candidates
+    residual: Tensor  # [batch, kv_heads, lists]: worst |sum p - 1| of the program that made the list
+    bits: Tensor  # [batch, kv_heads, lists, words] int32: bit c % 32 of word c // 32: chunk c is in the list
 
 
 def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
-    """Routing's outputs, not yet written; no bit is set."""
-    per_head = (shape.batch, shape.heads, shape.q_len)
-    per_tile = (shape.batch, shape.kv_heads, pieces * shape.tiles(shape.q_len // pieces))
+    """The outputs of routing and of list_segment, not yet written."""
+    per_head = (shape.batch, shape.heads, shape.q_blocks)
+    per_list = (shape.batch, shape.kv_heads, pieces * shape.lists(shape.q_len // pieces))
     return Routing(
         tau=torch.empty(per_head, device=device),
         row_max=torch.empty(per_head, device=device),
-        union_chunks=torch.empty(per_tile, device=device, dtype=torch.int32),
-        residual=torch.empty(per_tile, device=device),
-        union_bits=torch.zeros(*per_tile, shape.words, device=device, dtype=torch.int32),
+        lengths=torch.empty(per_list, device=device, dtype=torch.int32),
+        residual=torch.empty(per_list, device=device),
+        bits=torch.empty(*per_list, shape.words, device=device, dtype=torch.int32),
     )
 
 
 def route_segment(
-    q: Tensor,
+    router_q: Tensor,
     parts: Tensor,
     document_starts: Tensor,
     config: DashConfig,
@@ -64,36 +64,44 @@ def route_segment(
 ) -> None:
     """Routes the queries of one segment: writes its rows of `out`, bits aside, and candidates with pbar to `lists`.
 
-    q [batch, q_len, heads, head_dim]; parts [parts, batch, chunks, kv_heads, head_dim] of summarize_chunks;
-    document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_len, chunks] of zeros, if it is wanted:
+    router_q [batch, q_blocks, heads, head_dim]; parts [parts, batch, chunks, kv_heads, head_dim] of summarize_chunks;
+    document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_blocks, chunks] of zeros, if it is wanted:
     the chunks of positive probability are marked in it.
     """
+    blocks = shape.blocks(segment.tokens)
     resident = segment.chunks <= RESIDENT_CHUNKS
     width = max(MIN_WIDTH, power_of_two(segment.chunks)) if resident else STREAMED_WIDTH
     launch(
         route_kernel,
-        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
-        q,
+        (-(-blocks // shape.router_blocks), shape.batch * shape.kv_heads),
+        router_q,
         parts,
         document_starts,
         *lists,
         out.tau,
         out.row_max,
-        out.union_chunks,
+        out.lengths,
         out.residual,
         support,
-        *q.stride()[:3],
+        *router_q.stride()[:3],
         parts.stride(0),
         parts.shape[2],
         document_starts.stride(0) if document_starts.shape[0] > 1 else 0,
-        shape.q_len,
-        out.union_chunks.shape[2],
-        *segment,
+        shape.q_blocks,
+        out.lengths.shape[2],
+        segment.row // shape.routing_block,
+        segment.position // shape.routing_block,
+        blocks,
+        segment.list,
+        shape.lists(segment.tokens),
+        segment.chunks,
         0.5 * config.routing_scale * shape.head_dim**-0.5,
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
-        PADDED_GROUP=shape.padded_group,
-        TILE=shape.tile_tokens,
+        PADDED_GROUP=shape.rows_of_block(shape.router_blocks),
+        BLOCKS=shape.router_blocks,
+        LIST_BLOCKS=shape.list_blocks,
+        CHUNK_BLOCKS=shape.chunk_size // shape.routing_block,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=min(32 if width > 256 else 64, shape.head_dim & -shape.head_dim),
@@ -114,27 +122,30 @@ def route_kernel(
     pbar_ptr,
     tau_ptr,
     row_max_ptr,
-    union_ptr,
+    lengths_ptr,
     residual_ptr,
     support_ptr,
     q_batch_stride,
-    q_token_stride,
+    q_block_stride,
     q_head_stride,
     part_stride,
     row_chunks,
     documents_stride,
-    q_len,
-    row_tiles,
+    q_blocks,
+    row_lists,
     first_row,
     first_position,
-    tokens,
-    first_tile,
+    blocks,
+    first_list,
+    lists,
     capacity,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LIST_BLOCKS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -143,33 +154,37 @@ def route_kernel(
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a tile, the longest histories first."""
-    ROWS: tl.constexpr = TILE * PADDED_GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    """One program BLOCKS routing blocks, the longest histories first. Rows and positions count blocks."""
+    ROWS: tl.constexpr = BLOCKS * PADDED_GROUP
+    LISTS: tl.constexpr = BLOCKS // LIST_BLOCKS
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
     batch = sequence // KV_HEADS
     kv_head = sequence % KV_HEADS
 
     row = tl.arange(0, ROWS)
-    token = tile * TILE + row // PADDED_GROUP  # within the segment
+    block = program * BLOCKS + row // PADDED_GROUP  # within the segment
     head = row % PADDED_GROUP
-    is_real = (token < tokens) & (head < GROUP)
-    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
+    is_real = (block < blocks) & (head < GROUP)
+    q_rows = q_ptr + batch * q_batch_stride + (first_row + block).to(tl.int64) * q_block_stride
     q_rows += (kv_head * GROUP + head) * q_head_stride
-    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_len + first_row + token
-    per_tile = sequence * row_tiles + first_tile + tile
-    list_start = (sequence * tl.num_programs(0) + tile) * capacity
+    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_blocks + first_row + block
+    own_list = program * LISTS + tl.arange(0, LISTS)
+    is_list = own_list < lists
+    per_list = sequence * row_lists + first_list + own_list
+    list_start = (sequence * lists + program * LISTS) * capacity
     chunks_ptr += list_start
-    pbar_ptr += list_start * TILE
+    pbar_ptr += list_start * LIST_BLOCKS
 
-    position = first_position + tile * TILE
-    first = tl.load(document_starts_ptr + batch * documents_stride + position) // CHUNK
-    eligible = position // CHUNK - first
+    position = first_position + program * BLOCKS
+    chunk_start = position // CHUNK_BLOCKS * CHUNK
+    first = tl.load(document_starts_ptr + batch * documents_stride + chunk_start) // CHUNK
+    eligible = position // CHUNK_BLOCKS - first
     if eligible == 0:
         tl.store(tau_ptr + per_head, tl.full([ROWS], -1.0, tl.float32), mask=is_real)
         tl.store(row_max_ptr + per_head, tl.zeros([ROWS], tl.float32), mask=is_real)
-        tl.store(union_ptr + per_tile, 0)
-        tl.store(residual_ptr + per_tile, 0.0)
+        tl.store(lengths_ptr + per_list, tl.zeros([LISTS], tl.int32), mask=is_list)
+        tl.store(residual_ptr + per_list, tl.zeros([LISTS], tl.float32), mask=is_list)
         return
 
     queries = (q_rows, is_real)
@@ -187,11 +202,11 @@ def route_kernel(
     if not RESIDENT:
         low = row_max + tau - SLACK
         candidates = 0
-        for block in range(0, eligible, WIDTH):
-            z = routing_scores(block + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
+        for start in range(0, eligible, WIDTH):
+            z = routing_scores(start + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             row_max = tl.maximum(row_max, tl.max(z, 1))
             is_candidate = tl.max((z > low[:, None]).to(tl.int32), 0)
-            tl.store(chunks_ptr + candidates + tl.cumsum(is_candidate, 0) - 1, block + lane, mask=is_candidate > 0)
+            tl.store(chunks_ptr + candidates + tl.cumsum(is_candidate, 0) - 1, start + lane, mask=is_candidate > 0)
             candidates += tl.sum(is_candidate, 0)
         tl.debug_barrier()  # every thread reads what all have written
 
@@ -207,8 +222,8 @@ def route_kernel(
             while (residual > TOLERANCE) & (steps < MAX_STEPS):
                 total = tl.zeros([ROWS], tl.float32)
                 square = tl.zeros([ROWS], tl.float32)
-                for block in range(0, candidates, WIDTH):
-                    chunk = tl.load(chunks_ptr + block + lane, mask=block + lane < candidates, other=eligible)
+                for start in range(0, candidates, WIDTH):
+                    chunk = tl.load(chunks_ptr + start + lane, mask=start + lane < candidates, other=eligible)
                     z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
                     distance = tl.maximum(z - row_max[:, None] - tau[:, None], 0.0)
                     total += tl.sum(distance, 1)
@@ -219,11 +234,14 @@ def route_kernel(
                 steps += 1
     tl.store(tau_ptr + per_head, tau, mask=is_real)
     tl.store(row_max_ptr + per_head, row_max, mask=is_real)
-    tl.store(residual_ptr + per_tile, residual)
-    tl.store(union_ptr + per_tile, candidates)
+    tl.store(residual_ptr + per_list, tl.zeros([LISTS], tl.float32) + residual, mask=is_list)
+    tl.store(lengths_ptr + per_list, tl.zeros([LISTS], tl.int32) + candidates, mask=is_list)
 
-    for block in range(0, WIDTH if RESIDENT else candidates, WIDTH):
-        entry = block + lane
+    place = tl.arange(0, BLOCKS)
+    pbar_start = (place // LIST_BLOCKS * capacity).to(tl.int64) * LIST_BLOCKS + place % LIST_BLOCKS
+    has_list = program * LISTS + place // LIST_BLOCKS < lists
+    for start in range(0, WIDTH if RESIDENT else candidates, WIDTH):
+        entry = start + lane
         in_list = entry < candidates
         chunk = entry
         if not RESIDENT:
@@ -234,9 +252,11 @@ def route_kernel(
         if support_ptr is not None:
             support = support_ptr + per_head[:, None] * row_chunks + first + chunk[None, :]
             tl.store(support, root > 0, mask=is_real[:, None] & in_list[None, :])
-        pbar = tl.sum(tl.reshape(root * root, [TILE, PADDED_GROUP, WIDTH]), 1) / GROUP
-        tl.store(chunks_ptr + entry, first + chunk, mask=in_list)
-        tl.store(pbar_ptr + entry[None, :] * TILE + tl.arange(0, TILE)[:, None], pbar, mask=in_list[None, :])
+        pbar = tl.sum(tl.reshape(root * root, [BLOCKS, PADDED_GROUP, WIDTH]), 1) / GROUP
+        for i in tl.static_range(LISTS):
+            tl.store(chunks_ptr + i * capacity + entry, first + chunk, mask=in_list & (program * LISTS + i < lists))
+        mask = has_list[:, None] & in_list[None, :]
+        tl.store(pbar_ptr + pbar_start[:, None] + entry[None, :] * LIST_BLOCKS, pbar, mask=mask)
 
 
 @triton.jit

@@ -13,20 +13,22 @@ def routing_counts(
     q: Tensor,
     k: Tensor,
     chunk_query: Tensor,
+    router_q: Tensor | None = None,
     *,
     config: DashConfig,
     document_starts: Tensor,
     query_starts: tuple[int, ...] = (0,),
-) -> tuple[Tensor, Tensor]:
-    """|R(t)| `[batch, kv_heads, q_len]` and |union of R(t)| over each tile `[batch, kv_heads, tiles]`, both int32.
+) -> tuple[Tensor, Tensor | None]:
+    """|R(t)| of every routing block, and of every tile the size of its union: both as in RoutingCounts.
 
-    q, k, chunk_query and query_starts as in dash_attention; document_starts [batch or 1, seq].
+    Arguments as in dash_attention; document_starts [batch or 1, seq].
     """
     q, k = q.contiguous(), k.contiguous()
-    shape = shape_of(q, k, config.chunk_size)
+    routed_q = q if router_q is None else router_q.contiguous()
+    shape = shape_of(q, k, config.chunk_size, config.routing_block)
     _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     routing, prior = new_routing(shape, len(query_starts), q.device), new_prior(shape, q.device)
     for segment, lists in new_lists(shape, query_starts, q.device):
-        route_segment(q, parts, document_starts, config, shape, segment, lists, routing)
+        route_segment(routed_q, parts, document_starts, config, shape, segment, lists, routing)
         list_segment(config, shape, segment, lists, routing, prior)
-    return prior.active_chunks, routing.union_chunks
+    return prior.active_chunks, None if shape.list_tiles > 1 else routing.lengths

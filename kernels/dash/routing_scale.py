@@ -7,23 +7,23 @@ from torch import Tensor
 
 from dash_train.kernels.dash.attention import triton_obstacle
 from dash_train.kernels.dash.stages import DashConfig, eligible_chunks, group_heads, route, summarize, whole_chunks
-from dash_train.kernels.dash.stats import count_eligible
+from dash_train.kernels.dash.stats import by_token, count_eligible
 
 SCALES = (2.0**-6, 2.0**12)  # where the search looks
 HALVINGS = 16  # of 18 octaves: the scale is found to 2^(18 / 2^16), 0.02 %
-SAMPLE = 2**16  # queries that the search looks at, where there are more
-RUN = 1024  # consecutive queries of the sample
-SCORES_PER_BLOCK = 2**24  # elements of [batch, heads, rows, chunks] held at a time
+RUNS = 32  # of consecutive chunks in a row's sample: the kernels are launched for each
+SCORES_PER_BLOCK = 2**24  # elements of [batch, heads, blocks, chunks] held at a time
 
 
 @torch.no_grad()
 def routing_density(
-    q: Tensor,
+    router_q: Tensor,
     k: Tensor,
     chunk_query: Tensor,
     *,
     routing_scale: float,
     chunk_size: int = 64,
+    routing_block: int = 1,
     document_starts: Tensor | None = None,
     query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
@@ -31,45 +31,60 @@ def routing_density(
 ) -> float:
     """The density at one routing scale: routed over eligible (token, chunk) pairs, without stage 2.
 
-    q, k, chunk_query, chunk_size, document_starts and query_starts are those of dash_attention. `real` (bool
-    [batch, q_len], default all) marks the queries that count. Where other processes hold more queries or heads of the
+    router_q [batch, blocks, heads, head_dim] holds the routers' queries of the tokens that query_starts place in the
+    row (the tokens' own q with a routing_block of 1); all other arguments are those of dash_attention. `real` (bool
+    [batch, tokens], default all) marks the tokens that count. Where other processes hold more queries or heads of the
     same rows, `add_up` sums counts (int64 [2]) over them. Returns 0 when nothing is eligible. Waits for the device.
     """
-    batch, q_len, _, _ = q.shape
+    batch, seq, kv_heads, _ = k.shape
     if document_starts is None:
-        document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
+        document_starts = torch.zeros(1, seq, dtype=torch.int32, device=k.device)
+    tokens = _tokens(router_q, seq, query_starts, routing_block)
     if real is None:
-        real = torch.ones(1, q_len, dtype=torch.bool, device=q.device)
-    config = DashConfig(chunk_size, routing_scale, "peak", 1.0)
-    if q.is_cuda and not triton_obstacle(q, chunk_size):
-        from dash_train.kernels.dash.routing_counts import routing_counts  # triton, which only CUDA needs
-
-        active, _ = routing_counts(
-            q, k, chunk_query, config=config, document_starts=document_starts, query_starts=query_starts
-        )
-    else:
-        piece = q_len // len(query_starts)
-        positions = torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts])
-        active = _active_chunks(q, k, chunk_query, config, positions, document_starts[:, positions])
-    eligible = count_eligible(document_starts, query_starts, q_len, chunk_size) * real
-    pairs = eligible.expand(batch, -1).sum() * k.shape[2]
+        real = torch.ones(1, tokens, dtype=torch.bool, device=k.device)
+    config = DashConfig(chunk_size, routing_scale, "peak", 1.0, routing_block)
+    active = _active_chunks(router_q, k, chunk_query, config, document_starts, query_starts)
+    active = by_token(active, routing_block, tokens)
+    eligible = count_eligible(document_starts, query_starts, tokens, chunk_size) * real
+    pairs = eligible.expand(batch, -1).sum() * kv_heads
     active, pairs = add_up(torch.stack([(active * real[:, None]).sum(), pairs]))
     return (active.double() / pairs.clamp(min=1)).item()
 
 
-def _active_chunks(
-    q: Tensor, k: Tensor, chunk_query: Tensor, config: DashConfig, positions: Tensor, starts: Tensor
-) -> Tensor:
-    """|R(t)| int64 [batch, kv_heads, q_len] in plain torch, block of rows by block.
+def _tokens(router_q: Tensor, seq: int, query_starts: tuple[int, ...], routing_block: int) -> int:
+    """How many tokens the blocks are: only that at the end of the row may be cut short."""
+    piece = router_q.shape[1] // len(query_starts) * routing_block
+    return sum(min(piece, seq - start) for start in query_starts)
 
-    positions [q_len] are the queries', starts [batch or 1, q_len] where their documents begin.
-    """
-    batch, q_len, heads, _ = q.shape
-    grouped_q = group_heads(q, k.shape[2])
+
+def _active_chunks(
+    router_q: Tensor,
+    k: Tensor,
+    chunk_query: Tensor,
+    config: DashConfig,
+    document_starts: Tensor,
+    query_starts: tuple[int, ...],
+) -> Tensor:
+    """|R(t)| of each routing block, [batch, kv_heads, blocks]."""
+    if router_q.is_cuda and not triton_obstacle(router_q, config.chunk_size):
+        from dash_train.kernels.dash.routing_counts import routing_counts  # triton, which only CUDA needs
+
+        tokens = _tokens(router_q, k.shape[1], query_starts, config.routing_block)
+        q = by_token(router_q, config.routing_block, tokens, dim=1)  # only its shape counts
+        active_chunks, _ = routing_counts(
+            q, k, chunk_query, router_q, config=config, document_starts=document_starts, query_starts=query_starts
+        )
+        return active_chunks
+
+    batch, blocks, heads, _ = router_q.shape
+    in_piece = torch.arange(blocks // len(query_starts), device=k.device) * config.routing_block
+    positions = (torch.tensor(query_starts, device=k.device)[:, None] + in_piece).flatten()
+    starts = document_starts[:, positions]
+    grouped_q = group_heads(router_q, k.shape[2])
     summaries = summarize(whole_chunks(k, config.chunk_size), chunk_query, config.chunk_size)
     size = max(1, SCORES_PER_BLOCK // (batch * heads * summaries.shape[2]))
     active = []
-    for low in range(0, q_len, size):
+    for low in range(0, blocks, size):
         rows = slice(low, low + size)
         eligible = eligible_chunks(positions[None, rows], starts[:, rows], summaries.shape[2], config.chunk_size)
         active.append(route(grouped_q[:, :, :, rows], summaries, eligible, config.routing_scale).routed.sum(-1))
@@ -77,12 +92,13 @@ def _active_chunks(
 
 
 def find_routing_scale(
-    q: Tensor,
+    router_q: Tensor,
     k: Tensor,
     chunk_query: Tensor,
     target: float,
     *,
     chunk_size: int = 64,
+    routing_block: int = 1,
     document_starts: Tensor | None = None,
     query_starts: tuple[int, ...] = (0,),
     real: Tensor | None = None,
@@ -90,25 +106,23 @@ def find_routing_scale(
 ) -> float:
     """The smallest routing scale, from 2^-6 to 2^12, whose density on this batch is at most `target`.
 
-    Arguments as in routing_density; the result is the same on every run. Of more than 2^16 queries a row, runs of 1024
-    evenly over the row stand for all: at 1M tokens each of 17 looks would else take most of a second. Density falls as
-    the scale grows, down to a floor set by heads that disagree: a target below it is taken to be 1.02 times the density
-    at 2^12.
+    Arguments as in routing_density; the result is the same on every run. Density falls as the scale grows, down to a
+    floor set by heads that disagree: a target below it is taken to be 1.02 times the density at 2^12. Looks 17 times:
+    of many tokens, sample_blocks' may stand for all.
 
     Raises: ValueError when target is not between 0 and 1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"target is {target}, expected a density above 0 and at most 1")
 
-    q, real, query_starts = _sample(q, real, query_starts, chunk_size)
-
     def density(scale: float) -> float:
         return routing_density(
-            q,
+            router_q,
             k,
             chunk_query,
             routing_scale=scale,
             chunk_size=chunk_size,
+            routing_block=routing_block,
             document_starts=document_starts,
             query_starts=query_starts,
             real=real,
@@ -126,17 +140,29 @@ def find_routing_scale(
     return high
 
 
-def _sample(
-    q: Tensor, real: Tensor | None, query_starts: tuple[int, ...], chunk_size: int
-) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """Runs of queries, as many from every piece, with their marks and where they stand; all of them if they are few."""
-    piece = q.shape[1] // len(query_starts)
-    runs = SAMPLE // RUN // len(query_starts)
-    if q.shape[1] <= SAMPLE or not runs:
-        return q, real, query_starts
-    stride = (piece - RUN) // max(1, runs - 1) // chunk_size * chunk_size
-    offsets = [run * stride for run in range(runs)]
-    firsts = [number * piece + offset for number in range(len(query_starts)) for offset in offsets]
-    places = (torch.tensor(firsts)[:, None] + torch.arange(RUN)).flatten().to(q.device)
-    starts = tuple(start + offset for start in query_starts for offset in offsets)
-    return q[:, places], None if real is None else real[:, places], starts
+def sample_blocks(
+    router_q: Tensor,
+    real: Tensor,
+    query_starts: tuple[int, ...],
+    blocks: int,
+    *,
+    chunk_size: int = 64,
+    routing_block: int = 1,
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """(router_q, real, query_starts) of about `blocks` blocks a row: a few runs of chunks, evenly over every piece.
+
+    Arguments as in routing_density, of pieces of whole chunks. Everything where there is no more.
+    """
+    pieces = len(query_starts)
+    chunks = real.shape[1] // pieces // chunk_size
+    wanted = max(1, blocks * routing_block // chunk_size // pieces)  # chunks of a piece
+    if wanted >= chunks:
+        return router_q, real, query_starts
+    runs = min(wanted, max(1, RUNS // pieces))
+    run = wanted // runs
+    margin = (chunks / runs - run) / 2  # each run in the middle of its part of the piece
+    firsts = torch.linspace(margin, chunks - run - margin, runs).round().long() * chunk_size
+    starts = tuple(start + first for start in query_starts for first in firsts.tolist())
+    tokens = firsts[:, None] + torch.arange(run * chunk_size)
+    places = (torch.arange(pieces)[:, None, None] * chunks * chunk_size + tokens).flatten().to(real.device)
+    return router_q[:, places[::routing_block] // routing_block], real[:, places], starts

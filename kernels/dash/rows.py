@@ -26,7 +26,10 @@ def tile_rows(
     PADDED_GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Token within the segment, query head, and whether both exist, of each of a tile's TILE * PADDED_GROUP rows."""
+    """Token within the segment, query head, and whether both exist, of each of a tile's TILE * PADDED_GROUP rows.
+
+    The same with routing blocks in place of tokens.
+    """
     row = tl.arange(0, TILE * PADDED_GROUP)
     token = tile * TILE + row // PADDED_GROUP
     head = row % PADDED_GROUP

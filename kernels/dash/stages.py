@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dash_train.kernels.dash.stats import tile_tokens
+from dash_train.kernels.dash.stats import by_token, tile_tokens
 from dash_train.kernels.entmax import compute_dtype, probability, relative_to_max, threshold15, threshold15_on
 
 PBAR_MIN = 1e-20  # log pbar is taken of at least this
@@ -27,6 +27,7 @@ class DashConfig:
     routing_scale: float
     prior_normalizer: str
     prior_temperature: float
+    routing_block: int = 1
 
 
 class Rows(NamedTuple):
@@ -39,17 +40,17 @@ class Rows(NamedTuple):
     positions: Tensor  # [1 or batch, rows]
     starts: Tensor  # [1 or batch, rows]: where each row's document begins
     support: Tensor | None  # bool [batch, kv_heads, group, rows, chunks], when it is given
-    router_q: Tensor | None = None  # what the router sees in place of q, when its gradient is wanted alone
+    router_q: Tensor | None = None  # the routers' queries, one a routing block of rows; None: q
 
 
 class Routing(NamedTuple):
-    """Stage 1 of one block."""
+    """Stage 1 of some rows: `blocks` routing blocks of them."""
 
-    pbar: Tensor  # [batch, kv_heads, rows, chunks]: mean of p over the group
+    pbar: Tensor  # [batch, kv_heads, blocks, chunks]: mean of p over the group
     routed: Tensor  # the same shape, bool: R(t)
-    support: Tensor  # [batch, kv_heads, group, rows, chunks] bool: r > 0
-    tau: Tensor  # [batch, kv_heads, group, rows], relative to row_max
-    row_max: Tensor  # [batch, kv_heads, group, rows], of z
+    support: Tensor  # [batch, kv_heads, group, blocks, chunks] bool: r > 0
+    tau: Tensor  # [batch, kv_heads, group, blocks], relative to row_max
+    row_max: Tensor  # [batch, kv_heads, group, blocks], of z
     residual: Tensor  # scalar: worst |sum p - 1|
 
 
@@ -63,14 +64,14 @@ class ChunkLists(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The output [batch, kv_heads, group, rows, head_dim] of one block, and its part of DashStats."""
+    """The output [batch, kv_heads, group, rows, head_dim] of some rows, and their part of DashStats."""
 
     out: Tensor
     tau: Tensor
     row_max: Tensor
     normalizer: Tensor
     active_chunks: Tensor
-    union_chunks: Tensor
+    union_chunks: Tensor  # by tiles of tokens; all others by routing blocks
     residual: Tensor
 
 
@@ -121,14 +122,17 @@ def route(
 
 
 def route_rows(rows: Rows, config: DashConfig) -> Routing:
-    """Stage 1 of a block."""
-    eligible = eligible_chunks(rows.positions, rows.starts, rows.summaries.shape[2], config.chunk_size)
+    """Stage 1, once a routing block: the tokens of a block have the same eligible chunks."""
+    first = slice(None, None, config.routing_block)
+    positions, starts = rows.positions[:, first], rows.starts[:, first]
+    eligible = eligible_chunks(positions, starts, rows.summaries.shape[2], config.chunk_size)
     q = rows.q if rows.router_q is None else rows.router_q
-    return route(q, rows.summaries, eligible, config.routing_scale, rows.support)
+    support = None if rows.support is None else rows.support[:, :, :, first]
+    return route(q, rows.summaries, eligible, config.routing_scale, support)
 
 
 def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
-    """b_c of every chunk (-inf outside R), and the normaliser [batch, kv_heads, rows] that it contains."""
+    """b_c of every chunk (-inf outside R), and the normaliser [batch, kv_heads, blocks] that it contains."""
     log_pbar = routing.pbar.clamp(min=PBAR_MIN).log()
     log_pbar = torch.where(routing.pbar < PBAR_GRADIENT_MIN, log_pbar.detach(), log_pbar)
     with torch.no_grad():
@@ -170,15 +174,16 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend_rows(rows: Rows, config: DashConfig) -> Attended:
-    """Stages 1 and 2 and the statistics of one block."""
+    """Stages 1 and 2 and the statistics of some rows."""
     routing = route_rows(rows, config)
     prior, normalizer = log_prior(routing, config)
+    prior, routed = (by_token(t, config.routing_block, rows.q.shape[3], 2) for t in (prior, routing.routed))
     own_chunk = rows.positions // config.chunk_size
     own = torch.arange(prior.shape[-1], device=prior.device) == own_chunk[:, None, :, None]
     out = attend(rows.q, rows.k, rows.v, prior.masked_fill(own, 0), rows.positions, config.chunk_size)
 
     tile = tile_tokens(rows.q.shape[2])
-    tiles = F.pad(routing.routed, (0, 0, 0, -routing.routed.shape[2] % tile)).unflatten(2, (-1, tile))
+    tiles = F.pad(routed, (0, 0, 0, -routed.shape[2] % tile)).unflatten(2, (-1, tile))
     return Attended(
         out,
         routing.tau,

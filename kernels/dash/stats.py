@@ -31,10 +31,28 @@ def count_eligible(document_starts: Tensor, query_starts: tuple[int, ...], q_len
 class RoutingCounts(NamedTuple):
     """The part of DashStats that RoutingTotals are made of, without the tensors that `support` keeps alive."""
 
-    active_chunks: Tensor
-    union_chunks: Tensor
-    residual: Tensor
-    tile: int
+    active_chunks: Tensor  # [batch, kv_heads, blocks] int32: |R(t)| of each routing block's tokens
+    union_chunks: Tensor | None  # [batch, kv_heads, tiles] int32; None where tiles lie in blocks: what those route to
+    residual: Tensor  # scalar: worst |sum p - 1| over the rows with an eligible chunk
+    tile: int  # T: tokens of a tile
+    block: int  # tokens of a routing block
+    tokens: int  # q_len
+
+    def active_by_token(self) -> Tensor:
+        """|R(t)| int32 [batch, kv_heads, q_len]."""
+        return by_token(self.active_chunks, self.block, self.tokens)
+
+    def union_by_tile(self, pieces: int) -> Tensor:
+        """|union of R(t)| int32 [batch, kv_heads, tiles] of tiles that begin anew with each of the query pieces."""
+        if self.union_chunks is not None:
+            return self.union_chunks
+        tiles = pieces * -(-(self.tokens // pieces) // self.tile)
+        return by_token(self.active_chunks, self.block // self.tile, tiles)
+
+
+def by_token(per_block: Tensor, block: int, tokens: int, dim: int = -1) -> Tensor:
+    """What belongs to a routing block, given to each of its tokens, of which there are `tokens` in all."""
+    return per_block if block == 1 else per_block.repeat_interleave(block, dim).narrow(dim, 0, tokens)
 
 
 class RoutingTotals(NamedTuple):
@@ -60,14 +78,14 @@ def routing_totals(
     DashStats.
     """
     tile = layers[0].tile
-    active = torch.stack([layer.active_chunks for layer in layers])
+    active = torch.stack([layer.active_by_token() for layer in layers])
     _, batch, kv_heads, q_len = active.shape
     if real is None:
         real = torch.ones(batch, q_len, dtype=torch.bool, device=active.device)
     active = active * real[:, None]
     tile_active = _tiles(active, tile, pieces).sum(-1)
     tile_is_real = _tiles(real[:, None], tile, pieces).all(-1)
-    union = torch.stack([layer.union_chunks for layer in layers])
+    union = torch.stack([layer.union_by_tile(pieces) for layer in layers])
     return RoutingTotals(
         active=active.sum((1, 2, 3)).double(),
         eligible=((eligible_chunks * real).sum().double() * kv_heads).expand(len(layers)),
@@ -93,13 +111,10 @@ class DashStats:
     means nothing. `support()` recomputes the routing from tensors it keeps alive: let go of the object soon.
     """
 
-    tau: Tensor  # [batch, heads, q_len], relative to row_max
-    row_max: Tensor  # [batch, heads, q_len]
-    normalizer: Tensor  # [batch, kv_heads, q_len]: the mean or maximum of log pbar over R(t); 0 for "none"
-    active_chunks: Tensor  # [batch, kv_heads, q_len] int32: |R(t)|, the own chunk not counted
-    union_chunks: Tensor  # [batch, kv_heads, tiles] int32: |union of R(t)| over T consecutive query tokens of a piece
-    residual: Tensor  # scalar: worst |sum p - 1| over the rows with an eligible chunk
-    tile: int  # T
+    block_tau: Tensor  # [batch, heads, blocks], of each routing block
+    block_row_max: Tensor  # [batch, heads, blocks]
+    block_normalizer: Tensor  # [batch, kv_heads, blocks]
+    counts: RoutingCounts
     pieces: int  # query pieces; tiles begin anew with each
     count_eligible: Callable[[], Tensor]  # -> eligible_chunks, which take several launches
     support: Callable[[], Tensor]  # -> bool [batch, heads, q_len, chunks]: r > 0, chunks = ceil(seq / chunk_size)
@@ -110,9 +125,39 @@ class DashStats:
         return self.count_eligible().expand(self.active_chunks.shape[0], -1)
 
     @property
-    def counts(self) -> RoutingCounts:
-        """For routing_totals."""
-        return RoutingCounts(self.active_chunks, self.union_chunks, self.residual, self.tile)
+    def tau(self) -> Tensor:
+        """[batch, heads, q_len], relative to row_max."""
+        return by_token(self.block_tau, self.counts.block, self.counts.tokens)
+
+    @property
+    def row_max(self) -> Tensor:
+        """[batch, heads, q_len], of z."""
+        return by_token(self.block_row_max, self.counts.block, self.counts.tokens)
+
+    @property
+    def normalizer(self) -> Tensor:
+        """[batch, kv_heads, q_len]: the mean or maximum of log pbar over R(t); 0 for "none"."""
+        return by_token(self.block_normalizer, self.counts.block, self.counts.tokens)
+
+    @property
+    def active_chunks(self) -> Tensor:
+        """[batch, kv_heads, q_len] int32: |R(t)|, the own chunk not counted."""
+        return self.counts.active_by_token()
+
+    @property
+    def union_chunks(self) -> Tensor:
+        """[batch, kv_heads, tiles] int32: |union of R(t)| over T consecutive query tokens of a piece."""
+        return self.counts.union_by_tile(self.pieces)
+
+    @property
+    def residual(self) -> Tensor:
+        """Scalar: worst |sum p - 1| over the rows with an eligible chunk."""
+        return self.counts.residual
+
+    @property
+    def tile(self) -> int:
+        """T."""
+        return self.counts.tile
 
     @property
     def density(self) -> Tensor:

@@ -15,8 +15,8 @@ def summaries_backward(
     """Gradients of k, v and chunk_query, in their types.
 
     k [batch, seq, kv_heads, head_dim]; chunk_query [kv_heads, head_dim]; summaries [batch, chunks, kv_heads, head_dim];
-    dk, dv [batch * kv_heads, seq, head_dim], what attention passed; dsummaries [batch * kv_heads, chunks, head_dim],
-    what routing passed: overwritten. All sums in fp32.
+    dk, dv [batch * kv_heads, seq, head_dim], what attention passed; dsummaries [shares, batch * kv_heads, chunks,
+    head_dim], whose sum routing passed: overwritten. All sums in fp32.
     """
     batch, seq, kv_heads, head_dim = k.shape
     chunks = summaries.shape[1]
@@ -36,6 +36,7 @@ def summaries_backward(
         v_gradient,
         *k.stride()[:3],
         seq,
+        dsummaries.shape[0],
         head_dim**-0.5,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -43,7 +44,7 @@ def summaries_backward(
         CHUNK=chunk_size,
         num_warps=max(4, min(16, chunk_size * block_dim // 2048)),
     )
-    per_chunk = dsummaries.view(batch, kv_heads, chunks, head_dim)
+    per_chunk = dsummaries[0].view(batch, kv_heads, chunks, head_dim)
     return k_gradient, v_gradient, per_chunk.sum((0, 2)).to(chunk_query.dtype)
 
 
@@ -61,6 +62,7 @@ def summaries_backward_kernel(
     k_token_stride,
     k_head_stride,
     seq,
+    shares,
     scale,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -88,6 +90,9 @@ def summaries_backward_kernel(
     summary = tl.load(summaries_ptr + chunk_offset, mask=in_dim, other=0.0)
     dsummary_ptr = dsummaries_ptr + (sequence * tl.num_programs(0) + chunk) * HEAD_DIM + dim
     dsummary = tl.load(dsummary_ptr, mask=in_dim, other=0.0)
+    for share in range(1, shares):
+        offset = share * tl.num_programs(1) * tl.num_programs(0) * HEAD_DIM
+        dsummary += tl.load(dsummary_ptr + offset, mask=in_dim, other=0.0)
     dlogits = weights * tl.sum(dsummary[None, :] * (k - summary[None, :]), 1) * scale
     tl.store(dsummary_ptr, tl.sum(dlogits[:, None] * k, 0), mask=in_dim)
 

@@ -1,6 +1,6 @@
 """Compiles for an H100, without one, the kernels of both passes or of decoding; prints what each of them takes.
 
-python tests/helpers/compile_sm90.py passes|decode SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE
+python tests/helpers/compile_sm90.py passes|decode SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE [ROUTING_BLOCK]
 """
 
 import json
@@ -19,9 +19,12 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.backward import dash_backward
+from dash_train.kernels.dash.decode_append import append_newest
 from dash_train.kernels.dash.decode_attend import attend_lists
 from dash_train.kernels.dash.decode_routing import route_newest
 from dash_train.kernels.dash.forward import dash_forward
+from dash_train.kernels.dash.router_means import router_means, router_means_backward
+from dash_train.kernels.dash.routing_state import RoutingState
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import update_chunk_summaries
 
@@ -38,7 +41,7 @@ def record_launches() -> dict[str, Launch]:
     recorded = {}
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        details = [f"{name}={constants[name]}" for name in ("WIDTH", "RESIDENT") if name in constants]
+        details = [f"{name}={constants[name]}" for name in ("WIDTH", "RESIDENT", "UNIT") if name in constants]
         recorded[" ".join([kernel.__name__, *details])] = (kernel, args, constants)
 
     JITFunction.run = record
@@ -46,25 +49,33 @@ def record_launches() -> dict[str, Launch]:
     return recorded
 
 
-def run_passes(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:
-    """Forward and backward pass in bf16."""
+def run_passes(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int, routing_block: int = 1) -> None:
+    """Forward and backward pass in bf16, with the means of as many queries as a routing block has."""
     q = torch.empty(1, seq, heads, head_dim, dtype=torch.bfloat16)
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
-    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
+    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0, routing_block)
     starts = torch.zeros(1, seq, dtype=torch.int32)
-    forward = dash_forward(q, k, k, k[0, 0], config=config, document_starts=starts, query_starts=(0,))
-    dash_backward(q, q, k, k, k[0, 0], q, forward.lse, forward.kept, config=config, query_starts=(0,))
+    router_q = None
+    if routing_block > 1:
+        router_q = router_means(q, None, starts, (0,), routing_block, routing_block)
+        router_means_backward(router_q, False, starts, (0,), seq, routing_block, routing_block)
+    inputs = (q, k, k, k[0, 0], router_q)
+    forward = dash_forward(*inputs, config=config, document_starts=starts, query_starts=(0,))
+    dash_backward(q, *inputs, q, forward.lse, forward.kept, config=config, query_starts=(0,))
 
 
 def run_decode(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:
-    """One token of 8 sequences in bf16."""
+    """One token of 8 sequences in bf16, with routing blocks of 16 from the last 16 queries."""
     q = torch.empty(8, heads, head_dim, dtype=torch.bfloat16)
     cache = torch.empty(8, seq, kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
     summaries = torch.empty(8, seq // chunk_size, kv_heads, head_dim)
     lengths = torch.zeros(8, dtype=torch.int32)
-    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0)
-    update_chunk_summaries(cache, summaries, lengths, q[0, :kv_heads], chunk_size)
-    attend_lists(q, cache, cache, route_newest(q, summaries, lengths, config), config)
+    config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0, routing_block=16)
+    state = RoutingState.allocate(8, summaries.shape[1], heads, kv_heads, head_dim, 16, q.dtype, q.device)
+    k, kept = q[:, :kv_heads], (state.recent_q, state.router_q)
+    update_chunk_summaries(cache, summaries, lengths, k[0], chunk_size)
+    append_newest(q, k, k, cache, cache, summaries, lengths, k[0], kept, chunk_size, config.routing_block)
+    attend_lists(q, cache, cache, route_newest(state.router_q, summaries, lengths, config, state.lists), config)
 
 
 def compile_launch(kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, int]:
