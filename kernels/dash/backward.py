@@ -37,8 +37,9 @@ def dash_backward(
     delta = row_deltas(out, dout, lse)
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    drouter_q = None if router_q is None else torch.zeros_like(router_q, memory_format=torch.contiguous_format)
-    routed_q, drouted_q = (q, dq) if router_q is None else (router_q, drouter_q)
+    routed_q, drouted_q = q, dq
+    if router_q is not None:
+        routed_q, drouted_q = router_q, torch.zeros_like(router_q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros(2, sequences, shape.seq, shape.head_dim, device=q.device)
     dsummaries = new_summary_gradients(shape, q.device)
     for segment, lists in new_lists(shape, query_starts, q.device, backward=True):
@@ -52,4 +53,4 @@ def dash_backward(
         attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.lengths, g, dq)
         routing_backward_segment(routed_q, parts, config, shape, segment, lists, g, kept, drouted_q, dsummaries)
     dk_dv_dw = summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)
-    return dq, *dk_dv_dw, drouter_q
+    return dq, *dk_dv_dw, None if router_q is None else drouted_q

@@ -113,7 +113,7 @@ def backward_operator(
     """dash_backward: the gradients of q, k, v, chunk_query and router_q, the last empty where there is none."""
     dout, q, k, v = (_for_the_copy_engine(t) for t in (dout.contiguous(), q, k, v))
     router_q = None if router_q is None else router_q.contiguous()
-    *gradients, drouter_q = dash_backward(
+    dq, dk, dv, dchunk_query, drouter_q = dash_backward(
         dout,
         q,
         k,
@@ -126,7 +126,7 @@ def backward_operator(
         config=DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block),
         query_starts=tuple(query_starts),
     )
-    return *gradients, q.new_empty(0) if drouter_q is None else drouter_q
+    return dq, dk, dv, dchunk_query, q.new_empty(0) if drouter_q is None else drouter_q
 
 
 @torch.library.register_fake(forward_operator)
@@ -180,9 +180,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dout: Tensor, *others: None) -> tuple[Tensor | None, ...]:
-    *gradients, drouter_q = backward_operator(dout, *ctx.saved_tensors, *ctx.options)
-    has_router_q = ctx.saved_tensors[4] is not None
-    return *gradients, drouter_q if has_router_q else None, *[None] * (1 + len(ctx.options))
+    saved = ctx.saved_tensors
+    *gradients, drouter_q = backward_operator(dout, *saved, *ctx.options)
+    return *gradients, None if saved[4] is None else drouter_q, *[None] * (1 + len(ctx.options))
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:

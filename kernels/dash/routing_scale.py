@@ -11,7 +11,7 @@ from dash_train.kernels.dash.stats import by_token, count_eligible
 
 SCALES = (2.0**-6, 2.0**12)  # where the search looks
 HALVINGS = 16  # of 18 octaves: the scale is found to 2^(18 / 2^16), 0.02 %
-RUNS = 32  # of consecutive chunks in a row's sample: the kernels are launched for each
+RUNS = 32  # of consecutive blocks in a row's sample: the kernels are launched for each
 SCORES_PER_BLOCK = 2**24  # elements of [batch, heads, blocks, chunks] held at a time
 
 
@@ -149,20 +149,21 @@ def sample_blocks(
     chunk_size: int = 64,
     routing_block: int = 1,
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """(router_q, real, query_starts) of about `blocks` blocks a row: a few runs of chunks, evenly over every piece.
+    """(router_q, real, query_starts) of about `blocks` blocks a row: short runs, evenly over every piece.
 
-    Arguments as in routing_density, of pieces of whole chunks. Everything where there is no more.
+    Arguments as in routing_density, of pieces of whole chunks. A run begins with a chunk, as pieces must, and a long
+    one is whole chunks. Everything where there is no more.
     """
-    pieces = len(query_starts)
-    chunks = real.shape[1] // pieces // chunk_size
-    wanted = max(1, blocks * routing_block // chunk_size // pieces)  # chunks of a piece
-    if wanted >= chunks:
+    pieces, piece = len(query_starts), real.shape[1] // len(query_starts)
+    chunks = piece // chunk_size
+    runs = max(1, min(RUNS // pieces, chunks))
+    run = max(1, blocks // (runs * pieces)) * routing_block
+    run -= run % chunk_size if run > chunk_size else 0
+    if run * runs >= piece:
         return router_q, real, query_starts
-    runs = min(wanted, max(1, RUNS // pieces))
-    run = wanted // runs
-    margin = (chunks / runs - run) / 2  # each run in the middle of its part of the piece
-    firsts = torch.linspace(margin, chunks - run - margin, runs).round().long() * chunk_size
+    margin = (chunks / runs - run / chunk_size) / 2  # each run in the middle of its part of the piece
+    firsts = torch.linspace(margin, chunks - margin - run / chunk_size, runs).round().long() * chunk_size
     starts = tuple(start + first for start in query_starts for first in firsts.tolist())
-    tokens = firsts[:, None] + torch.arange(run * chunk_size)
-    places = (torch.arange(pieces)[:, None, None] * chunks * chunk_size + tokens).flatten().to(real.device)
+    in_piece = (firsts[:, None] + torch.arange(run)).flatten()
+    places = (torch.arange(pieces)[:, None] * piece + in_piece).flatten().to(real.device)
     return router_q[:, places[::routing_block] // routing_block], real[:, places], starts

@@ -14,6 +14,12 @@ from dash_train.parallel import World
 from dash_train.router_gradients import RouterGradients
 
 SEQ = 512  # pieces of four ranks hold whole tiles, so that the union factor too is the same
+ATTENTION = {
+    "dash": {"chunk_size": 16, "routing_scale": 8.0},
+    # Blocks shorter than a tile, of a window that reaches through all of the piece before; and longer ones.
+    "blocks": {"chunk_size": 16, "routing_scale": 8.0, "routing_block": [2, 16], "routing_window": [65, 4]},
+    "full": {"type": "full"},
+}
 
 
 def compare_with_whole_rows(rank: int, ranks: int) -> None:
@@ -25,7 +31,7 @@ def compare_with_whole_rows(rank: int, ranks: int) -> None:
     real[1, 400:] = False
     labels = torch.where(real, tokens.roll(-1, 1), -100)
     documents = [{}, {"document_starts": starts, "real": real}]
-    for attention, method, rows in itertools.product(("dash", "full"), ("gather", "ulysses"), documents):
+    for attention, method, rows in itertools.product(("dash", "blocks", "full"), ("gather", "ulysses"), documents):
         context = Context(rank, ranks, method, dist.group.WORLD)
         whole, shared = build(attention, Context()), build(attention, context)
         worlds = (World(rank, 1, tokens.device), World(rank, ranks, tokens.device))
@@ -40,7 +46,7 @@ def compare_with_whole_rows(rank: int, ranks: int) -> None:
             torch.testing.assert_close(total, expected[name].detach(), atol=1e-6, rtol=1e-6, msg=f"{attention} {name}")
         expected["loss"].backward()
         (found["loss"] * ranks).backward()  # as the trainer scales it: DeepSpeed averages
-        if attention == "dash":
+        if attention != "full":
             one, several = watches
             norms = several.norms()
             expected_norms = [one.q_squares.sqrt().tolist(), one.chunk_query.flatten(1).norm(dim=1).tolist()]
@@ -61,7 +67,7 @@ def build(attention: str, context: Context) -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(
         layers=2, hidden_size=32, heads=8, kv_heads=4, head_dim=16, mlp_size=48, vocab_size=64, init_std=0.2,
-        qk_norm=True, attention={"type": attention, "chunk_size": 16, "routing_scale": 8.0},
+        qk_norm=True, attention=ATTENTION[attention],
     )  # fmt: skip
     model = LanguageModel(config, activation_checkpointing="full", context=context)
     for name, parameter in model.named_parameters():

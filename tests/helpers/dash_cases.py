@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash import DashStats, dash_attention
+from dash_train.kernels.dash import DashStats, dash_attention, router_queries
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
@@ -20,6 +21,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "normalizer": ("geometric_mean", "none", "peak"),
     "documents": (False, True),
     "ragged": (False, True),
+    "routing_block": (1, 4, 16, 64),  # of more than a chunk: a chunk
 }
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 2e-5}
 
@@ -32,37 +34,42 @@ class Case(NamedTuple):
     normalizer: str = "geometric_mean"
     documents: bool = False
     ragged: bool = False
+    routing_block: int = 1
 
     def __str__(self) -> str:
         flags = "-documents" * self.documents + "-ragged" * self.ragged
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{kind}-D{self.head_dim}-G{self.group}-C{self.chunk_size}-{self.normalizer}{flags}"
+        name = f"{kind}-D{self.head_dim}-G{self.group}-C{self.chunk_size}-R{self.routing_block}"
+        return f"{name}-{self.normalizer}{flags}"
 
 
 def grid() -> list[Case]:
-    return [Case(*values) for values in itertools.product(*VALUES.values())]
+    cases = [Case(*values) for values in itertools.product(*VALUES.values())]
+    return [case for case in cases if case.routing_block <= case.chunk_size]
 
 
 def covering_array() -> list[Case]:
     """Few cases in which every pair of values of two different parameters occurs: the next one always adds the most."""
-
-    def pairs(case: Case) -> set[tuple[Any, ...]]:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    candidates = grid()
-    missing = set().union(*map(pairs, candidates))
+    generator = random.Random(0)
+    drawn = [Case(*map(generator.choice, VALUES.values())) for _ in range(1000)]
+    candidates = [case for case in drawn if case.routing_block <= case.chunk_size]
+    pairs = [set(itertools.combinations(enumerate(case), 2)) for case in candidates]
+    missing = set().union(*pairs)
     chosen = []
     while missing:
-        best = max(candidates, key=lambda case: len(pairs(case) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
+        best = max(range(len(candidates)), key=lambda i: len(pairs[i] & missing))
+        chosen.append(candidates[best])
+        missing -= pairs[best]
     return chosen
 
 
 def call(
     case: Case, chunks: int, device: str, kv_heads: int = 2, batch: int = 2
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Random tensors and the arguments of dash_attention; about `chunks` chunks a row."""
+    """Random tensors and the arguments of dash_attention; about `chunks` chunks a row.
+
+    Blocks of several tokens are routed by the mean of a few more queries than half a block has.
+    """
     seq = chunks * case.chunk_size - (case.chunk_size // 2 + 3 if case.ragged else 0)
     starts = torch.zeros(batch, seq, dtype=torch.int32, device=device)
     if case.documents:
@@ -77,7 +84,18 @@ def call(
         "prior_temperature": 1.5,
         "document_starts": starts,
     }
+    if case.routing_block > 1:
+        means = router_queries(tensors[0], starts, (0,), case.routing_block, case.routing_block // 2 + 3)
+        options |= {"routing_block": case.routing_block, "router_q": means}
     return tensors, options
+
+
+def in_float64(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with what floats in them as exact."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -89,24 +107,32 @@ def error_against_reference(tensors: list[Tensor], options: dict[str, Any]) -> t
     """Of Triton's output against the float64 reference on Triton's own support; both backends' statistics."""
     out, stats = dash_attention(*tensors, **options, backend="triton", return_stats=True)
     exact = [t.double() for t in tensors]
-    expected, truth = dash_attention(*exact, **options, backend="reference", support=stats.support(), return_stats=True)
+    support = stats.support()
+    expected, truth = dash_attention(
+        *exact, **in_float64(options), backend="reference", support=support, return_stats=True
+    )
     return relative_error(out, expected), stats, truth
 
 
 def gradient_errors(tensors: list[Tensor], options: dict[str, Any]) -> dict[str, float]:
     """Of Triton's output and gradients against the float64 reference on Triton's own support, relative.
 
+    With router_q among the options also of its gradient.
+
     A chunk query without influence (a row of one chunk) has a gradient of exactly zero: its error is its norm.
     """
-    inputs = [t.detach().requires_grad_() for t in tensors]
-    out, stats = dash_attention(*inputs, **options, backend="triton", return_stats=True)
+    inputs = dict(zip(("q", "k", "v", "chunk_query"), tensors, strict=True))
+    if "router_q" in options:
+        inputs["router_q"] = options["router_q"]
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    out, stats = dash_attention(**options | inputs, backend="triton", return_stats=True)
     upstream = torch.randn_like(out)
-    gradients = torch.autograd.grad(out, inputs, upstream)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    expected = dash_attention(*exact, **options, backend="reference", support=stats.support())
-    truth = torch.autograd.grad(expected, exact, upstream.double())
+    gradients = torch.autograd.grad(out, list(inputs.values()), upstream)
+    exact = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    expected = dash_attention(**options | exact, backend="reference", support=stats.support())
+    truth = torch.autograd.grad(expected, list(exact.values()), upstream.double())
     errors = {"out": relative_error(out, expected)}
-    for name, gradient, correct in zip(("q", "k", "v", "chunk_query"), gradients, truth, strict=True):
+    for name, gradient, correct in zip(inputs, gradients, truth, strict=True):
         assert gradient.dtype == out.dtype
         errors[name] = relative_error(gradient, correct) if correct.any() else gradient.double().norm().item()
     return errors

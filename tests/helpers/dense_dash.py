@@ -43,10 +43,16 @@ def dense_dash(
     routing_scale: float = 1.0,
     prior_normalizer: str = "geometric_mean",
     prior_temperature: float = 1.0,
+    routing_block: int = 1,
+    routing_window: int = 1,
+    router_q: Tensor | None = None,
     document_starts: Tensor | None = None,
     normalizers: dict[tuple[int, int, int], Tensor] | None = None,
 ) -> tuple[Tensor, Trace]:
-    """The output like q, and the trace. `normalizers` takes the place of those of this call."""
+    """The output like q, and the trace. `normalizers` takes the place of those of this call.
+
+    router_q [batch, blocks, heads, head_dim] takes the place of the means of routing_window queries.
+    """
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     trace = Trace()
@@ -55,9 +61,12 @@ def dense_dash(
         for t in range(seq):
             start = 0 if document_starts is None else int(document_starts[b, t])
             for g in range(kv_heads):
-                group = q[b, t].view(kv_heads, -1, head_dim)[g]
+                first = start + (t - start) // routing_block * routing_block  # of the token's block
+                window = q[b, max(start, first - routing_window + 1) : first + 1]
+                router = window.mean(0) if router_q is None else router_q[b, first // routing_block]
+                group, router = (x.view(kv_heads, -1, head_dim)[g] for x in (q[b, t], router))
                 keys, values = k[b, : t + 1, g], v[b, : t + 1, g]
-                bias, seen = _chunk_bias(group, keys, chunk_query[g], start, t, chunk_size, routing_scale, trace)
+                bias, seen = _chunk_bias(router, keys, chunk_query[g], start, t, chunk_size, routing_scale, trace)
                 routed = [c for c in bias if c != t // chunk_size]
                 if routed and prior_normalizer != "none":
                     logs = torch.stack([bias[c] for c in routed])
@@ -74,7 +83,7 @@ def dense_dash(
 
 
 def _chunk_bias(
-    group: Tensor, keys: Tensor, w: Tensor, start: int, t: int, chunk_size: int, routing_scale: float, trace: Trace
+    router: Tensor, keys: Tensor, w: Tensor, start: int, t: int, chunk_size: int, routing_scale: float, trace: Trace
 ) -> tuple[dict[int, Tensor], Tensor]:
     """log pbar of each routed chunk, 0 for the own one; and the positions of all their tokens."""
     own = t // chunk_size
@@ -85,7 +94,7 @@ def _chunk_bias(
         a = keys.shape[1] ** -0.5
         summaries = torch.stack([(chunk @ w * a).softmax(0) @ chunk for chunk in chunks])
         rows = []
-        for query in group:
+        for query in router:
             scores = routing_scale * a * (summaries @ query)
             p, tau = entmax15(scores)
             trace.margin = min(trace.margin, float((scores / 2 - tau).detach().abs().min()))

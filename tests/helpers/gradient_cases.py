@@ -15,6 +15,12 @@ from torch import Tensor
 from dash_train.data.loader import IGNORE, StepBatch, step_batches
 
 STEPS = 2
+ATTENTION: dict[str, dict[str, Any]] = {
+    "dash": {"type": "dash"},
+    # A window that is larger than its block, and at context 4 nearly a rank's piece; and the recipes' blocks.
+    "blocks": {"type": "dash", "routing_block": [1, 16], "routing_window": [30, 16]},
+    "full": {"type": "full"},
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Case:
 
 
 def _product(contexts: tuple[int, ...], methods: tuple[str, ...]) -> list[Case]:
-    values = ((0, 1, 2, 3), contexts, (1, 2), ("checkpointed", "chunked"), ("dash", "full"), methods)
+    values = ((0, 1, 2, 3), contexts, (1, 2), ("checkpointed", "chunked"), tuple(ATTENTION), methods)
     return [Case(*chosen) for chosen in itertools.product(*values)]
 
 
@@ -62,7 +68,7 @@ def _compare(case: Case, rank: int, ranks: int, corpus: Path, folder: Path) -> d
 
     micro = 2
     rows = micro * case.accumulation * ranks // case.context
-    attention = {"type": case.attention, "chunk_size": 16, "routing_scale": case.routing_scale}
+    attention = {**ATTENTION[case.attention], "chunk_size": 16, "routing_scale": case.routing_scale}
     chunked = case.savings == "chunked"
     transformer.MLP_TOKENS, loss.CHUNK_LOGITS = (24, 40 * 512) if chunked else (131072, 2**27)
     path = write_recipe(

@@ -4,6 +4,9 @@ from dense_dash import dense_dash
 from torch.nn import functional as F
 
 from dash_train.kernels.dash import dash_attention, reference
+from dash_train.kernels.dash.stages import DashConfig
+
+CONFIG = DashConfig(64, 1.0, "peak", 1.0)
 
 
 def inputs(batch=2, seq=96, heads=4, kv_heads=2, head_dim=16, dtype=torch.float64):
@@ -151,7 +154,7 @@ def test_given_support_is_the_routed_set():
 def test_blocks_stay_within_the_memory_budget():
     """What bounds memory at 16K tokens: no block's scores exceed the budget, and the blocks cover the query once."""
     q, k = torch.empty(1, 16384, 8, 1), torch.empty(1, 16384, 2, 1)
-    blocks = reference.query_blocks(q, k, torch.zeros(1, 16384, dtype=torch.int32), (0,), 64)
+    blocks = reference.query_blocks(q, k, torch.zeros(1, 16384, dtype=torch.int32), (0,), CONFIG)
     for block in blocks:
         rows = block.queries.stop - block.queries.start
         keys = 64 * (block.chunks.stop - block.chunks.start)
@@ -161,7 +164,7 @@ def test_blocks_stay_within_the_memory_budget():
 
 def test_blocks_skip_what_no_row_may_see():
     q, k = torch.empty(8, 4096, 8, 1), torch.empty(8, 4096, 2, 1)
-    blocks = reference.query_blocks(q, k, row_of_documents([2048, 2048], 8, 4096), (0,), 64)
+    blocks = reference.query_blocks(q, k, row_of_documents([2048, 2048], 8, 4096), (0,), CONFIG)
     assert blocks[0].chunks == slice(0, 1)
     assert blocks[-1].chunks == slice(32, 64)
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.forward import Forward, dash_forward
 from dash_train.kernels.dash.operator import forward_operator
+from dash_train.kernels.dash.router_means import router_means
 
 CASES = [
     Case(group=4, ragged=True),
@@ -19,6 +20,10 @@ CASES = [
     Case(group=16, head_dim=64, normalizer="none", documents=True, ragged=True),
     Case(group=1, chunk_size=128, ragged=True),
     Case(group=2, dtype=torch.float16),
+    Case(group=4, routing_block=4, ragged=True),
+    Case(group=16, head_dim=48, chunk_size=32, routing_block=16, normalizer="peak", documents=True, ragged=True),
+    Case(group=6, routing_block=16, normalizer="none", ragged=True),
+    Case(group=32, chunk_size=64, routing_block=64),
 ]
 
 
@@ -46,8 +51,11 @@ def test_gradients_equal_the_reference(case):
     check(*call(case, 6, "cpu", batch=2 if case.documents else 1))
 
 
-def test_pieces_of_queries():
-    (q, k, v, w), options = call(Case(group=4), 8, "cpu", batch=1)
+@pytest.mark.parametrize("block", [1, 16])
+def test_pieces_of_queries(block):
+    (q, k, v, w), options = call(Case(group=4, routing_block=block), 8, "cpu", batch=1)
+    if block > 1:
+        options["router_q"] = options["router_q"][:, [2, 3, 6, 7]]
     check([torch.cat([q[:, 32:64], q[:, 96:128]], 1), k, v, w], options | {"query_starts": (32, 96)})
 
 
@@ -68,10 +76,12 @@ def test_routing_gets_no_gradient_from_a_single_chunk():
     assert not gradients(tensors, options)[3].any()
 
 
-def test_segments_agree_and_repeats_are_equal_to_the_bit(change_tiles):
-    tensors, options = call(Case(group=4), 8, "cpu", batch=1)
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("limit", [{"WORKSPACE_BYTES": 4000}, {"QUERY_NUMBERS": 4096}], ids=str)
+def test_segments_agree_and_repeats_are_equal_to_the_bit(change_tiles, block, limit):
+    tensors, options = call(Case(group=4, routing_block=block), 8, "cpu", batch=1)
     whole = gradients(tensors, options)
-    change_tiles(WORKSPACE_BYTES=4000)
+    change_tiles(**limit)
     pieces, again = gradients(tensors, options), gradients(tensors, options)
     for one, other, repeated in zip(whole, pieces, again, strict=True):
         assert (one - other).norm() <= 1e-5 * one.norm()
@@ -81,9 +91,14 @@ def test_segments_agree_and_repeats_are_equal_to_the_bit(change_tiles):
 def test_operators_are_well_formed():
     (q, k, v, w), options = call(Case(head_dim=16), 3, "cpu", batch=1, kv_heads=1)
     inputs = [t.requires_grad_() for t in (q, k, v, w)]
-    arguments = (*inputs, options["document_starts"], [0], 16, 12.0, "peak", 1.5)
+    means = router_means(q, None, options["document_starts"], [0], 4, 3)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(forward_operator, arguments, test_utils=tests)
+    for router_q, block in ((None, 1), (means.detach().requires_grad_(), 4)):
+        arguments = (*inputs, router_q, options["document_starts"], [0], 16, 12.0, "peak", 1.5, block)
+        torch.library.opcheck(forward_operator, arguments, test_utils=tests)
+    before = torch.randn(1, 1, 2, *q.shape[2:], requires_grad=True)
+    arguments = (inputs[0], before, options["document_starts"], [0], 4, 3)
+    torch.library.opcheck(router_means, arguments, test_utils=tests)
 
 
 def test_compiles_into_one_graph():

@@ -51,14 +51,17 @@ def test_pieces_of_queries():
     check([pieces, k, v, w], options | {"query_starts": (320, 960)})
 
 
-def test_repeats_are_equal_to_the_bit():
-    tensors, options = call(Case(dtype=torch.bfloat16, head_dim=128, group=16, chunk_size=64), 150, "cuda")
+@pytest.mark.parametrize("block", [1, 16, 64])
+def test_repeats_are_equal_to_the_bit(block):
+    case = Case(dtype=torch.bfloat16, head_dim=128, group=16, chunk_size=64, routing_block=block)
+    tensors, options = call(case, 150, "cuda")
     for one, other in zip(gradients(tensors, options), gradients(tensors, options), strict=True):
         assert torch.equal(one, other)
 
 
-def test_the_host_never_waits():
-    tensors, options = call(Case(dtype=torch.bfloat16, group=4), 20, "cuda")
+@pytest.mark.parametrize("block", [1, 16])
+def test_the_host_never_waits(block):
+    tensors, options = call(Case(dtype=torch.bfloat16, group=4, routing_block=block), 20, "cuda")
     gradients(tensors, options)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -86,9 +89,10 @@ def test_as_an_operator():
     """Fake kernels, autograd registration, compiled and checkpointed: the same bits."""
     tensors, options = call(Case(dtype=torch.bfloat16, group=4), 20, "cuda")
     numbers = (options["chunk_size"], options["routing_scale"], options["prior_normalizer"], 1.5)
-    arguments = ([t.requires_grad_() for t in tensors], options["document_starts"], (0,), *numbers)
+    inputs = [t.requires_grad_() for t in tensors]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(forward_operator, (*arguments[0], *arguments[1:]), test_utils=tests)
+    arguments = (*inputs, None, options["document_starts"], (0,), *numbers, 1)
+    torch.library.opcheck(forward_operator, arguments, test_utils=tests)
 
     def plain(*inputs: Tensor) -> Tensor:
         return dash_attention(*inputs, **options, backend="triton").float().square().sum()
@@ -132,7 +136,7 @@ def failures(cases: list[Case]) -> list[str]:
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", VALUES["dtype"], ids=str)
 def test_gradients_over_the_full_grid(dtype):
-    """5,040 cases: pytest -m "gpu and grid", in as many calls as it takes."""
+    """17,640 cases: pytest -m "gpu and grid", in as many calls as it takes."""
     by_kernels = itertools.groupby((case for case in grid() if case.dtype == dtype), key=lambda case: case[:4])
     shares = [list(cases) for _, cases in by_kernels]
     assert len(shares) == 140

@@ -5,7 +5,15 @@ import torch
 from dash_cases import TOLERANCE, Case, covering_array, relative_error
 from decode_cases import DecodeCall, check_stages, decode_call
 
-from dash_train.kernels.dash import dash_decode, update_summaries
+from dash_train.kernels.dash import (
+    RoutingState,
+    append_prompts,
+    append_token,
+    chunk_summaries,
+    dash_decode,
+    router_queries,
+    update_summaries,
+)
 from dash_train.kernels.dash.stages import DashConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -78,6 +86,66 @@ def test_a_graph_replays_what_eager_gives_at_every_length():
         graph.replay()
         assert torch.equal(out, expected)
     torch.testing.assert_close(call.summaries, after, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("block", "window"), [(1, 16), (16, 16), (64, 64), (16, 100)])
+def test_a_graph_of_routing_blocks_gives_what_the_reference_gives(block, window):
+    """And bit for bit what eager steps give; sequences in different places of their blocks, over borders of chunks."""
+    decoders = [BlocksDecoder(block, window, [6390, 700, 5]) for _ in range(3)]
+    decoders[2].options["backend"] = "reference"
+    graph = torch.cuda.CUDAGraph()
+    for step in range(140):
+        eager, replayed, expected = decoders
+        if step == 1:  # the first eager step has compiled what is captured
+            with torch.cuda.graph(graph):
+                replayed.out = replayed.decode()
+        for decoder in decoders:
+            decoder.next_token(step)
+        eager.out, expected.out = eager.decode(), expected.decode()
+        if step:
+            graph.replay()
+        else:
+            replayed.out = replayed.decode()
+        assert torch.equal(replayed.out, eager.out)
+        assert relative_error(eager.out, expected.out) < TOLERANCE[torch.bfloat16]
+    for kept, other in zip(eager.state.tensors(), replayed.state.tensors(), strict=True):
+        assert torch.equal(kept, other)
+
+
+class BlocksDecoder:
+    """A cache that holds random prompts, always the same, and steps over it with random tokens."""
+
+    def __init__(self, block: int, window: int, prompts: list[int]) -> None:
+        self.generator = torch.Generator("cuda").manual_seed(0)
+        batch, longest, capacity = len(prompts), max(prompts), max(prompts) + 150
+        chunks = -(-capacity // 64)
+        self.lengths = torch.tensor(prompts, dtype=torch.int32, device="cuda")
+        self.keys, self.values = self.normal(2, batch, capacity, 2, 128)
+        self.chunk_query = self.normal(2, 128)
+        self.summaries = torch.zeros(batch, chunks, 2, 128, device="cuda")
+        self.summaries[:, : capacity // 64] = chunk_summaries(self.keys, self.chunk_query)
+        self.state = RoutingState.allocate(batch, chunks, 8, 2, 128, window, torch.bfloat16, self.keys.device)
+        self.options = {"routing_scale": 8.0, "prior_normalizer": "peak", "routing_block": block, "backend": "triton"}
+        q = self.normal(batch, longest, 8, 128)
+        router_q = router_queries(q, block=block, window=window)
+        append_prompts(q, router_q, 0, self.lengths, self.summaries, self.state, **self.options)
+        self.q, self.k, self.v = (self.normal(batch, heads, 128) for heads in (8, 2, 2))
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.generator, device="cuda").bfloat16()
+
+    def next_token(self, step: int) -> None:
+        self.generator.manual_seed(step + 1)
+        for tensor in (self.q, self.k, self.v):
+            tensor.copy_(self.normal(*tensor.shape))
+
+    def decode(self) -> torch.Tensor:
+        self.lengths += 1
+        caches = (self.keys, self.values)
+        new = {"summaries": self.summaries, "chunk_query": self.chunk_query, "state": self.state}
+        kept = {"routing_block": self.options["routing_block"], "backend": self.options["backend"]}
+        append_token(self.q, self.k, self.v, *caches, self.lengths, **new, **kept)
+        return dash_decode(self.q, *caches, self.summaries, self.lengths, state=self.state, **self.options)
 
 
 def test_two_runs_are_equal():

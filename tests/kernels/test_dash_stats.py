@@ -5,9 +5,11 @@ from dash_train.kernels.dash import (
     count_eligible,
     dash_attention,
     find_routing_scale,
+    router_queries,
     routing_density,
     routing_scale,
     routing_totals,
+    sample_blocks,
 )
 from dash_train.kernels.entmax import entmax15
 
@@ -110,41 +112,55 @@ def test_nothing_eligible():
     assert not stats.support().any()
 
 
+@pytest.mark.parametrize("block", [1, 4, 16])
 @pytest.mark.parametrize("target", [0.5, 0.9])
-def test_routing_scale_is_found(target):
+def test_routing_scale_is_found(target, block):
     q, k, v, w = inputs(heads=2)
     real = torch.ones(2, 128, dtype=torch.bool)
     real[:, 100:] = False
-    options = {"chunk_size": CHUNK, "document_starts": STARTS, "real": real}
-    scale = find_routing_scale(q, k, w, target, **options)
-    density = routing_density(q, k, w, routing_scale=scale, **options)
-    assert target - 0.01 < density <= target
-    _, stats = dash_attention(
-        q, k, v, w, chunk_size=CHUNK, document_starts=STARTS, routing_scale=scale, return_stats=True
-    )
+    router_q = router_queries(q, STARTS, block=block)
+    layout = {"chunk_size": CHUNK, "routing_block": block, "document_starts": STARTS}
+    scale = find_routing_scale(router_q, k, w, target, **layout, real=real)
+    density = routing_density(router_q, k, w, routing_scale=scale, **layout, real=real)
+    assert target - 0.01 * block < density <= target
+    _, stats = dash_attention(q, k, v, w, **layout, router_q=router_q, routing_scale=scale, return_stats=True)
     totals = stats.summary(real)
     assert density == totals.active / totals.eligible
 
 
+def test_a_row_that_ends_within_a_block():
+    q, k, v, w = inputs(seq=122)
+    options = {"chunk_size": CHUNK, "routing_block": 8, "routing_scale": 6.0}
+    router_q = router_queries(q, block=8, window=8)
+    _, stats = dash_attention(q, k, v, w, router_q=router_q, return_stats=True, **options)
+    assert routing_density(router_q, k, w, **options) == stats.density
+
+
 @pytest.mark.parametrize("query_starts", [(0,), (0, 256)], ids=["whole", "pieces"])
-def test_many_queries_are_sampled(monkeypatch, query_starts):
-    """512 queries, of which the search looks at 4 runs of 64, and finds nearly the scale of all."""
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_sample_stands_for_many_blocks(monkeypatch, query_starts, block):
+    """Of 512 tokens 128 in runs of two chunks; the search finds nearly the scale of all."""
+    monkeypatch.setattr(routing_scale, "RUNS", 4)
     torch.manual_seed(0)
     q, k, w = torch.randn(1, 512, 4, 16), torch.randn(1, 512, 2, 16), torch.randn(2, 16)
     q += torch.randn(1, 8, 1, 16).repeat_interleave(64, 1)  # queries differ from place to place
-    real = torch.ones(1, 512, dtype=torch.bool)
-    options = {"chunk_size": CHUNK, "query_starts": query_starts, "real": real}
-    exact = find_routing_scale(q, k, w, 0.5, **options)
-    monkeypatch.setattr(routing_scale, "SAMPLE", 256)
-    monkeypatch.setattr(routing_scale, "RUN", 64)
-    sampled = find_routing_scale(q, k, w, 0.5, **options)
-    assert sampled != exact
-    density = routing_density(q, k, w, routing_scale=sampled, **options)
-    assert density == pytest.approx(0.5, abs=0.02)
-    looked_at, marks, starts = routing_scale._sample(q, real, query_starts, CHUNK)
-    assert looked_at.shape[1] == marks.shape[1] == 256 and len(starts) == 4
+    real = torch.rand(1, 512) < 0.9
+    layout = {"chunk_size": CHUNK, "routing_block": block}
+    router_q = router_queries(q, None, query_starts, block)
+    whole = {**layout, "query_starts": query_starts, "real": real}
+    exact = find_routing_scale(router_q, k, w, 0.5, **whole)
+    looked_at, marks, starts = sample_blocks(router_q, real, query_starts, 128 // block, **layout)
+    assert looked_at.shape[1] == 128 // block and marks.shape[1] == 128
+    assert len(starts) == 4 and not any(start % CHUNK for start in starts)
     for number, start in enumerate(starts):
-        torch.testing.assert_close(looked_at[:, number * 64 :][:, :64], q[:, start : start + 64])
+        assert torch.equal(marks[:, number * 32 :][:, :32], real[:, start : start + 32])
+        assert torch.equal(looked_at[:, number * 32 // block], router_q[:, start // block])
+    sampled = find_routing_scale(looked_at, k, w, 0.5, **layout, query_starts=starts, real=marks)
+    assert sampled != exact
+    assert routing_density(router_q, k, w, routing_scale=sampled, **whole) == pytest.approx(0.5, abs=0.04)
+
+    everything = sample_blocks(router_q, real, query_starts, 512 // block, **layout)
+    assert everything[0] is router_q and everything[2] == query_starts
 
 
 def test_unreachable_density_gives_a_scale_near_the_floor():

@@ -20,6 +20,10 @@ CASES = [
     Case(group=16, head_dim=64, normalizer="none", documents=True, ragged=True),
     Case(group=1, chunk_size=128, ragged=True),
     Case(group=2, dtype=torch.float16),
+    Case(group=4, routing_block=4, ragged=True),
+    Case(group=16, head_dim=48, chunk_size=32, routing_block=16, normalizer="peak", documents=True, ragged=True),
+    Case(group=6, routing_block=16, normalizer="none", ragged=True),
+    Case(group=32, chunk_size=64, routing_block=64),
 ]
 
 
@@ -28,6 +32,8 @@ def check(case: Case, chunks: int, last_chunk_only: bool = False) -> None:
     if last_chunk_only:
         start = (chunks - 1) * case.chunk_size
         q, options["query_starts"] = q[:, start:], (start,)
+        if "router_q" in options:
+            options["router_q"] = options["router_q"][:, start // case.routing_block :]
     error, stats, truth = error_against_reference([q, *others], options)
     assert error < TOLERANCE[case.dtype]
     assert stats.residual <= 1e-6
@@ -46,26 +52,33 @@ def test_equals_the_reference(case):
     check(case, chunks=6)
 
 
-def test_scores_computed_again_equal_the_reference(streamed):
-    check(Case(group=8, head_dim=16, documents=True, ragged=True), chunks=30, last_chunk_only=True)
+@pytest.mark.parametrize("block", [1, 16])
+def test_scores_computed_again_equal_the_reference(streamed, block):
+    case = Case(group=8, head_dim=16, documents=True, ragged=True, routing_block=block)
+    check(case, chunks=30, last_chunk_only=True)
 
 
-def test_pieces_equal_the_rows_of_the_whole_call():
-    (q, k, v, w), options = call(Case(group=4), 8, "cpu")
+@pytest.mark.parametrize("block", [1, 16])
+def test_pieces_equal_the_rows_of_the_whole_call(block):
+    (q, k, v, w), options = call(Case(group=4, routing_block=block), 8, "cpu")
     whole = dash_attention(q, k, v, w, **options, backend="triton")
     pieces = torch.cat([q[:, 32:64], q[:, 96:128]], 1)
+    if block > 1:
+        options["router_q"] = options["router_q"][:, [2, 3, 6, 7]]
     out = dash_attention(pieces, k, v, w, **options, query_starts=(32, 96), backend="triton")
     assert torch.equal(out, torch.cat([whole[:, 32:64], whole[:, 96:128]], 1))
 
 
-def test_routing_alone_counts_what_the_whole_call_counts():
-    tensors, options = call(Case(group=4, documents=True, ragged=True), 6, "cpu")
+@pytest.mark.parametrize("block", [1, 4, 16])
+def test_routing_alone_counts_what_the_whole_call_counts(block):
+    tensors, options = call(Case(group=8, documents=True, ragged=True, routing_block=block), 6, "cpu")
     names = ("chunk_size", "routing_scale", "prior_normalizer", "prior_temperature")
-    config = DashConfig(*(options[name] for name in names))
-    q, k, _, w = tensors
-    active, union = routing_counts(q, k, w, config=config, document_starts=options["document_starts"])
+    config = DashConfig(*(options[name] for name in names), block)
+    (q, k, _, w), router_q = tensors, options.get("router_q")
+    active, union = routing_counts(q, k, w, router_q, config=config, document_starts=options["document_starts"])
     _, stats = dash_attention(*tensors, **options, backend="triton", return_stats=True)
-    assert torch.equal(active, stats.active_chunks) and torch.equal(union, stats.union_chunks)
+    assert torch.equal(active, stats.counts.active_chunks)
+    assert (union is None) == (block > stats.tile) and (union is None or torch.equal(union, stats.union_chunks))
 
 
 def test_a_model_counts_by_the_tiles_of_the_kernels(tiny_model):
