@@ -24,7 +24,7 @@ pretrain: install  ## tokenizer, training, checkpoint, metrics, figure, export, 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
-test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 10-15 min
+test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 15-20 min
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/test_parallel.py
 
 lint: install

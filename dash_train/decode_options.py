@@ -23,10 +23,17 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--verify", choices=("output", "denominator"), default=Decoding.verify, help="of what (default: output)"
     )
     parser.add_argument(
+        "--routing-every",
+        type=int,
+        help="Dash layers choose their chunks at every so many tokens, a power of two, where their routing block is "
+        "longer (default: their routing block)",
+    )
+    parser.add_argument(
         "--piece-size", type=int, default=PIECE_SIZE, help="tokens of a prompt read together (default: 8192)"
     )
 
 
 def decoding_of(args: argparse.Namespace, config: ModelConfig) -> Decoding:
     """What the options ask for."""
-    return choose_decoding(config, args.decode, epsilon=args.epsilon, delta=args.delta, verify=args.verify)
+    names = ("epsilon", "delta", "verify", "routing_every")
+    return choose_decoding(config, args.decode, **{name: getattr(args, name) for name in names})

@@ -24,6 +24,7 @@ def choose_decoding(
     epsilon: float = Decoding.epsilon,
     delta: float = Decoding.delta,
     verify: str = Decoding.verify,
+    routing_every: int | None = None,
 ) -> Decoding:
     """How to decode a model: `full`, `dash` or `vattention`; None is `dash` where it has Dash layers, else `full`.
 
@@ -40,7 +41,9 @@ def choose_decoding(
         )
     if not 0 < epsilon < 1 or not 0 < delta < 1:
         raise UserError(f"expected epsilon and delta between 0 and 1; found epsilon {epsilon}, delta {delta}")
-    return Decoding(mode, epsilon, delta, verify)  # type: ignore[arg-type]
+    if routing_every is not None and (routing_every < 1 or routing_every & (routing_every - 1)):
+        raise UserError(f"expected routing_every a power of two, or none; found {routing_every}")
+    return Decoding(mode, epsilon, delta, verify, routing_every)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

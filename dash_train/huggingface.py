@@ -46,9 +46,8 @@ class GenerationCache(Cache):
     def reorder_cache(self, rows: Tensor) -> None:
         """Row i becomes a copy of `rows[i]` (int `[batch]`): beam search goes on with the best beams."""
         for layer in self.layers:
-            for tensor in (layer.keys, layer.values, layer.summaries):
-                if tensor is not None:
-                    tensor.copy_(tensor[rows])
+            for tensor in layer.tensors():
+                tensor.copy_(tensor[rows])
         for per_row in (self.lengths, self.requests):
             per_row.copy_(per_row[rows])
 
@@ -105,10 +104,10 @@ class DashForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], _mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
         """`generate` asks for its cache here. How to decode stands in the generation config: `decode`, `epsilon`,
-        `delta`, `verify`, `piece_size`."""
+        `delta`, `verify`, `routing_every`, `piece_size`."""
         if generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            names = ("epsilon", "delta", "verify")
+            names = ("epsilon", "delta", "verify", "routing_every")
             options = {name: getattr(generation_config, name) for name in names if hasattr(generation_config, name)}
             model_kwargs[CACHE] = GenerationCache.allocate(
                 self.model.config,

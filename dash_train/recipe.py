@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dash_train.data.config import DataConfig
 from dash_train.errors import UserError
-from dash_train.model.config import ActivationCheckpointing, ModelConfig, PositiveFloat, Section
+from dash_train.model.config import ActivationCheckpointing, ModelConfig, PositiveFloat, PositiveInt, Section
 
-PositiveInt = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -172,6 +171,13 @@ class Recipe(Section):
                 f"train.seq ({train.seq}) must be a multiple of 2 x parallel.context ({context}) x "
                 f"model.attention.chunk_size ({chunk_size}) = {2 * context * chunk_size}: each of the {context} ranks "
                 "that share a row holds two pieces of whole chunks"
+            )
+        window = max(self.model.routing_window(layer) for layer in range(self.model.layers))
+        reach = train.seq // (2 * context) + 1
+        if context > 1 and self.parallel.context_method == "gather" and window > reach:
+            raise ValueError(
+                f"model.attention.routing_window ({window}) must be at most train.seq / (2 x parallel.context) + 1 = "
+                f"{reach}: a rank gets queries of no more than the piece before each of its own"
             )
         if self.parallel.context_method == "ulysses" and kv_heads % context:
             raise ValueError(

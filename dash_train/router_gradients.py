@@ -1,6 +1,6 @@
 """How much the loss pulls at the router: norms of the gradients that only the router brings about, per layer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ class RouterGradients:
     def watching(self) -> Iterator[None]:
         """Add up over every backward pass in here."""
         for index, layer in enumerate(self.layers):
-            layer.watch = partial(self._watch, index, layer)
+            layer.watch = partial(self._watch, index)
         try:
             yield
         finally:
@@ -47,12 +47,18 @@ class RouterGradients:
             "grad_norm_chunk_query": [norm if on else None for norm, on in zip(chunk_query_norms, routes, strict=True)],
         }
 
-    def _watch(self, index: int, layer: Attention, tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    def _watch(
+        self,
+        index: int,
+        tensors: tuple[Tensor, ...],
+        make_router_q: Callable[[Tensor], Tensor],
+        options: dict[str, Any],
+    ) -> None:
         *inputs, out = tensors
         inputs = [tensor.detach() for tensor in inputs]
 
         def add(dout: Tensor) -> None:
-            dq, dchunk_query = router_gradient(dout, *inputs, **options)
+            dq, dchunk_query = router_gradient(dout, *inputs, make_router_q=make_router_q, **options)
             self.q_squares[index] += dq.double().square().sum()
             self.context.own_heads(self.chunk_query[index]).add_(dchunk_query)
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -38,9 +40,16 @@ from dash_train.totals import Totals
 from dash_train.tracking import Tracker, log_to_file, write_environment
 from dash_train.watchdog import Watchdog
 
-CALIBRATION_TOKENS = 16384  # `routing_scale: auto` looks at about so many, but at no more than the first batch
+CALIBRATION_BATCH = 16384  # tokens that `routing_scale: auto` looks at together
 
 logger = logging.getLogger(__name__)
+
+
+def calibration_rows(seq: int) -> int:
+    """How many rows of `seq` tokens `routing_scale: auto` looks at: 8 or 64K tokens, whichever is more, and 32 where
+    these are at most a million tokens: with few documents in a row, density differs by factors from row to row.
+    """
+    return max(8, math.ceil(2**16 / seq), min(32, 2**20 // seq))
 
 
 class Trainer:
@@ -264,14 +273,13 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Settle `routing_scale: auto`. Every rank looks at the run's first rows, and so finds the same scales."""
-        train = self.recipe.train
-        rows = min(train.global_batch_size, max(train.micro_batch_size, CALIBRATION_TOKENS // train.seq))
-        batches = step_batches(self.training_rows, global_batch_size=rows, micro_batch_size=rows, rank=0, world=1)
+        seq = self.recipe.train.seq
+        at_once = max(1, CALIBRATION_BATCH // seq)
+        count = math.ceil(calibration_rows(seq) / at_once)
+        batches = step_batches(self.training_rows, global_batch_size=at_once, micro_batch_size=at_once, rank=0, world=1)
         with closing(batches):
-            inputs = self._to_device(next(batches).micro_batches[0])
-        scales = calibrate_routing_scale(
-            self.engine.module, inputs["tokens"], inputs.get("document_starts"), inputs["real"]
-        )
+            rows = [self._to_device(batch.micro_batches[0]) for batch in islice(batches, count)]
+        scales = calibrate_routing_scale(self.engine.module, rows)
         logger.info("routing scales per layer: %s", ", ".join(f"{scale:.4g}" for scale in scales))
 
     def _router_gradients(self) -> RouterGradients | None:

@@ -2,7 +2,7 @@
 print when all are done. The last line says how fast it was, how much of the cache was read, and how sure it is.
 
 python launch/generate.py exports/quickstart --prompt "def main(" [--max-new-tokens 256 --temperature 0.8 --top-p 0.95]
-    [--decode vattention --epsilon 0.05 --delta 0.05]
+    [--decode vattention --epsilon 0.05 --delta 0.05] [--routing-every 1]
 """
 
 from argparse import Namespace

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dash_train.kernels.dash import RoutingCounts, chunk_summaries, dash_attention, find_routing_scale, update_summaries
+from dash_train.kernels.dash import (
+    RoutingCounts,
+    append_prompts,
+    append_token,
+    chunk_summaries,
+    dash_attention,
+    router_queries,
+)
 from dash_train.model.cache import Cache
 from dash_train.model.checkpointing import attention_of_block
 from dash_train.model.config import ModelConfig
@@ -20,8 +27,9 @@ from dash_train.model.layers import Linear
 class Attention(nn.Module):
     """Grouped-query attention of one layer, of the type that the configuration names for it.
 
-    While `calibrate_to` is a density, a forward of a Dash layer first sets `routing_scale` to the scale that gives it.
-    While `watch` is set, it is called with (q, k, v, chunk_query, out) and the other arguments of each such forward.
+    While `look` is set, a forward of a Dash layer calls it with all that decides its routing and attends to nothing.
+    While `watch` is set, it is called with (q, k, v, chunk_query, out) of each such forward, the function of q that
+    makes the routers' queries, and the other arguments.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -30,8 +38,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.attention_type = config.attention_type(layer)
         self.routing_scale = config.routing_scale(layer)
-        self.calibrate_to: float | None = None
-        self.watch: Callable[[tuple[Tensor, ...], dict[str, Any]], None] | None = None
+        self.routing_block, self.routing_window = config.routing_block(layer), config.routing_window(layer)
+        self.look: Callable[..., None] | None = None
+        self.watch: Callable[[tuple[Tensor, ...], Callable[[Tensor], Tensor], dict[str, Any]], None] | None = None
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         std, residual_std = config.init_std, config.init_std / (2 * config.layers) ** 0.5
         self.q_proj = Linear(config.hidden_size, heads * head_dim, std)
@@ -104,31 +113,33 @@ class Attention(nn.Module):
         document_starts: Tensor | None,
         real: Tensor | None,
         context: Context,
-    ) -> tuple[Tensor, RoutingCounts]:
+    ) -> tuple[Tensor, RoutingCounts | None]:
         chunk_query = context.own_heads(self.chunk_query)
         query_starts = context.query_starts(k.shape[1])
-        if self.calibrate_to is not None:
-            self.routing_scale = find_routing_scale(
-                q,
-                k,
-                chunk_query,
-                self.calibrate_to,
-                chunk_size=self.config.attention.chunk_size,
-                document_starts=document_starts,
-                query_starts=query_starts,
-                real=real,
-                add_up=context.add_up,
-            )
+        backend = self.config.attention.backend
+
+        def make_router_q(q: Tensor) -> Tensor:
+            before = context.queries_before(q, self.routing_window - 1)
+            sizes = self.routing_block, self.routing_window
+            return router_queries(q, document_starts, query_starts, *sizes, before, backend)
+
+        router_q = make_router_q(q)
+        if self.look is not None:
+            self.look(router_q, k, chunk_query, document_starts, query_starts, real)
+            return torch.zeros_like(q), None
         options = {
+            "routing_block": self.routing_block,
             "document_starts": document_starts,
             "query_starts": query_starts,
-            "backend": self.config.attention.backend,
+            "backend": backend,
             **self._routing(),
         }
         with attention_of_block():
-            out, stats = dash_attention(q, k, v, chunk_query, return_stats=True, **options)
+            out, stats = dash_attention(
+                q, k, v, chunk_query, router_q=None if router_q is q else router_q, return_stats=True, **options
+            )
         if self.watch is not None:
-            self.watch((q, k, v, chunk_query, out), options)
+            self.watch((q, k, v, chunk_query, out), make_router_q, options)
         return out, stats.counts
 
     def _routing(self) -> dict[str, Any]:
@@ -154,15 +165,22 @@ class Attention(nn.Module):
             memory.summaries[:, start // chunk_size : stop // chunk_size] = new
         if self.attention_type == "full" or cache.decoding.mode == "full":
             return full_attention(q, keys, values, None, (start,))
+        router_q, routing = None, {**self._routing(), "routing_block": self.routing_block}
+        if memory.routing is not None:
+            assert memory.summaries is not None
+            before = memory.routing.queries_before(start)
+            router_q = router_queries(q, None, (start,), self.routing_block, self.routing_window, before)
+            append_prompts(q, router_q, start, cache.lengths, memory.summaries, memory.routing, **routing)
         out, stats = dash_attention(
             q,
             keys,
             values,
             self.chunk_query,
+            router_q=router_q,
             query_starts=(start,),
             backend=self.config.attention.backend,
             return_stats=True,
-            **self._routing(),
+            **routing,
         )
         totals = stats.summary(real)
         cache.count_routing(self.layer, totals.active, totals.eligible)
@@ -171,17 +189,21 @@ class Attention(nn.Module):
     def _step(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
         """Attention of one token a row, `[batch, 1, heads, head_dim]`, after its key and value have been stored."""
         memory = cache.layers[self.layer]
-        memory.keys.flatten(0, 1).index_copy_(0, cache.slots, k[:, 0])
-        memory.values.flatten(0, 1).index_copy_(0, cache.slots, v[:, 0])
-        if memory.summaries is not None:
-            update_summaries(
-                memory.keys,
-                memory.summaries,
-                cache.lengths,
-                self._summary_query(k),
-                chunk_size=self.config.attention.chunk_size,
-            )
-        routing = self._routing() if self.attention_type == "dash" else None
+        block = 1 if memory.routing is None else cache.decoding.routing_block(self.routing_block)
+        append_token(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            memory.keys,
+            memory.values,
+            cache.lengths,
+            summaries=memory.summaries,
+            chunk_query=None if memory.summaries is None else self._summary_query(k),
+            state=memory.routing,
+            chunk_size=self.config.attention.chunk_size,
+            routing_block=block,
+        )
+        routing = {**self._routing(), "routing_block": block} if self.attention_type == "dash" else None
         return attend_step(q[:, 0], cache, self.layer, routing)[:, None]
 
     def _summary_query(self, k: Tensor) -> Tensor:

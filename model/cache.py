@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dash_train.kernels.dash import RoutingState
 from dash_train.kernels.dash.stages import ChunkLists
 from dash_train.kernels.full import list_all_chunks
 from dash_train.model.config import ModelConfig
@@ -31,6 +32,13 @@ class Decoding:
     """vattention: how often it may be exceeded, per head, layer and step."""
     verify: Literal["output", "denominator"] = "output"
     """vattention: what the error is measured on."""
+    routing_every: int | None = None
+    """Dash layers whose routing block is longer choose their chunks at every so many tokens, a power of two, from the
+    window that ends there. None: at their routing block's. Prompts are read as the model was trained."""
+
+    def routing_block(self, block: int) -> int:
+        """Tokens that share a routing in steps, for a layer of that routing block."""
+        return block if self.routing_every is None else min(self.routing_every, block)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,15 @@ class LayerCache:
     keys: Tensor  # [batch, capacity, kv_heads, head_dim], rotated
     values: Tensor  # [batch, capacity, kv_heads, head_dim]
     summaries: Tensor | None  # [batch, capacity / chunk_size, kv_heads, head_dim] fp32; where decoding looks at them
+    routing: RoutingState | None  # where routing looks back: at more than the newest token's own query
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, `[batch, ...]`."""
+        yield from (self.keys, self.values)
+        if self.summaries is not None:
+            yield self.summaries
+        if self.routing is not None:
+            yield from self.routing.tensors()
 
 
 @dataclass
@@ -50,8 +67,7 @@ class Cache:
     """
 
     layers: list[LayerCache]
-    lengths: Tensor  # [batch] int32; in a step its token is included
-    slots: Tensor  # [batch] int64: where the step's token stands when batch and capacity are one dimension
+    lengths: Tensor  # [batch] int32; in a step its token is included, and all tokens while prompts are read
     requests: Tensor  # [batch] int64, the seeds of the rows
     counted: Tensor  # [batch] fp64: 0 for a row that shall not count in `totals`, such as one that has ended
     totals: Tensor  # [layers, TOTALS] fp64, of all forwards since it was last zeroed
@@ -89,21 +105,21 @@ class Cache:
         def zeros(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, rows, config.kv_heads, config.head_dim, dtype=dtype, device=device)
 
-        def has_summaries(layer: int) -> bool:
-            own = decoding.mode == "dash" and config.attention_type(layer) == "dash"
-            return own or decoding.mode == "vattention"
+        def layer_cache(layer: int) -> LayerCache:
+            routes = decoding.mode != "full" and config.attention_type(layer) == "dash"
+            window = config.routing_window(layer)
+            looks_back = routes and (window > 1 or config.routing_block(layer) > 1)
+            sizes = (config.heads, config.kv_heads, config.head_dim, window)
+            return LayerCache(
+                keys=zeros(chunks * chunk_size, dtype),
+                values=zeros(chunks * chunk_size, dtype),
+                summaries=zeros(chunks, torch.float32) if routes or decoding.mode == "vattention" else None,
+                routing=RoutingState.allocate(batch, chunks, *sizes, dtype, device) if looks_back else None,
+            )
 
         return cls(
-            layers=[
-                LayerCache(
-                    keys=zeros(chunks * chunk_size, dtype),
-                    values=zeros(chunks * chunk_size, dtype),
-                    summaries=zeros(chunks, torch.float32) if has_summaries(layer) else None,
-                )
-                for layer in range(config.layers)
-            ],
+            layers=[layer_cache(layer) for layer in range(config.layers)],
             lengths=torch.zeros(batch, dtype=torch.int32, device=device),
-            slots=torch.zeros(batch, dtype=torch.int64, device=device),
             requests=torch.tensor(requests or list(range(batch)), device=device),
             counted=torch.ones(batch, dtype=torch.float64, device=device),
             totals=torch.zeros(config.layers, len(TOTALS), dtype=torch.float64, device=device),
@@ -125,23 +141,21 @@ class Cache:
             self._begin_step()
             yield tokens, self.lengths[:, None] - 1, None
             return
+        if real is None:
+            self.lengths.fill_(tokens.shape[1])
+        else:
+            self.lengths.copy_(real.sum(1))
         for start in range(0, tokens.shape[1], self.piece_size):
             self.start = start
             piece = tokens[:, start : start + self.piece_size]
             positions = torch.arange(start, start + piece.shape[1], device=tokens.device)[None]
             yield piece, positions, None if real is None else real[:, start : start + self.piece_size]
-        if real is None:
-            self.lengths.fill_(tokens.shape[1])
-        else:
-            self.lengths.copy_(real.sum(1))
 
     def _begin_step(self) -> None:
         """Room for one more token a row."""
         self.start = None
         self.all_chunks = None
         self.lengths.add_(1)
-        rows = torch.arange(len(self.lengths), device=self.lengths.device) * self.capacity
-        torch.add(rows, self.lengths - 1, out=self.slots)
         if self.decoding.mode == "vattention":
             layers = torch.arange(len(self.layers), device=self.lengths.device)
             self.seeds = _mix(_mix(self.requests + _mix(layers)[:, None]) + self.lengths)

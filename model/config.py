@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 AttentionType = Literal["dash", "full"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -20,9 +21,15 @@ class AttentionConfig(Section):
     """`dash` (DashAttention) or `full` (causal softmax attention); a list gives one type per layer."""
     chunk_size: Literal[16, 32, 64, 128] = 64
     """Tokens per chunk, the unit of routing; `train.seq` must be a multiple of it."""
+    routing_block: PositiveInt | list[PositiveInt] = 1
+    """Consecutive tokens that share one choice of chunks, a power of two up to `chunk_size`; 1 is the paper's. A list
+    gives one number per layer (full attention has no use for its)."""
+    routing_window: PositiveInt | list[PositiveInt] = 1
+    """Queries whose mean chooses for a routing block: the last so many up to the block's first token. A list gives one
+    number per layer."""
     routing_scale: PositiveFloat | Literal["auto"] | list[PositiveFloat] = "auto"
     """Factor on the routing scores: larger is sparser. `auto` finds, before step 0, the scale per layer at which the
-    first batch's density is `initial_density`, and freezes it; a list gives one number per layer."""
+    density of the run's first rows is `initial_density`, and freezes it; a list gives one number per layer."""
     initial_density: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The density that `routing_scale: auto` aims at."""
     prior_normalizer: Literal["geometric_mean", "none", "peak"] = "peak"
@@ -33,6 +40,13 @@ class AttentionConfig(Section):
     backend: Literal["auto", "triton", "reference"] = "auto"
     """What computes DashAttention in training: the Triton kernels, the plain torch reference in fp32 (slow; for
     comparisons), or `auto`: Triton on CUDA where it can, else the reference."""
+
+    @model_validator(mode="after")
+    def _blocks_divide_chunks(self) -> "AttentionConfig":
+        for block in self.routing_block if isinstance(self.routing_block, list) else [self.routing_block]:
+            if self.chunk_size % block:
+                raise ValueError(f"routing_block ({block}) must divide chunk_size ({self.chunk_size})")
+        return self
 
 
 class RopeScaling(Section):
@@ -86,7 +100,7 @@ class ModelConfig(Section):
     def _consistent(self) -> "ModelConfig":
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        for name in ("type", "routing_scale"):
+        for name in ("type", "routing_block", "routing_window", "routing_scale"):
             value = getattr(self.attention, name)
             if isinstance(value, list) and len(value) != self.layers:
                 raise ValueError(f"attention.{name} lists {len(value)} values for {self.layers} layers")
@@ -96,6 +110,16 @@ class ModelConfig(Section):
         """The attention type of one layer."""
         kind = self.attention.type
         return kind[layer] if isinstance(kind, list) else kind
+
+    def routing_block(self, layer: int) -> int:
+        """The tokens of one layer's routing blocks."""
+        block = self.attention.routing_block
+        return block[layer] if isinstance(block, list) else block
+
+    def routing_window(self, layer: int) -> int:
+        """The queries in the mean that chooses for a routing block of one layer."""
+        window = self.attention.routing_window
+        return window[layer] if isinstance(window, list) else window
 
     def routing_scale(self, layer: int) -> float:
         """The routing scale of one layer; 1 until `auto` has been resolved."""

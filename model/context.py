@@ -6,6 +6,7 @@ spread evenly. What attention needs from the other ranks comes in one of two way
 
 - `gather`: the rank's queries attend to the keys and values of whole rows, which every rank gathers (few, under
   grouped-query attention); chunk summaries are made anew from the gathered keys, which costs less than sending them.
+  Of queries it needs the last few before each of its pieces, to which the window of a routing block reaches.
   Their gradients go back to the rank they came from and are added up there, in fp32.
 - `ulysses`: the rank attends with whole rows of some of the KV heads and their queries (arXiv 2309.14509).
 """
@@ -70,6 +71,19 @@ class Context:
     def send_queries(self, share: Tensor) -> "Sent":
         """Queries `[batch, seq / size, heads, head_dim]` of this rank's tokens, to where they attend."""
         return Sent(share) if self.method == "gather" else self.send_keys(share)
+
+    def queries_before(self, q: Tensor, count: int) -> Tensor | None:
+        """The `count` queries before each of this rank's pieces, `[batch, 2, count, heads, head_dim]`; those of a row's
+        first piece are any. None where the pieces before are on this rank.
+
+        q `[batch, seq / size, heads, head_dim]`, of pieces that have so many tokens. The last queries of every piece go
+        to every rank, which are few beside the keys.
+        """
+        if self.size == 1 or self.method == "ulysses" or not count:
+            return None
+        last = q.unflatten(1, (2, -1))[:, :, -count:].movedim(1, 0)
+        pieces = Sent(last, Gather(self.group, self.size)).receive().unflatten(1, (2 * self.size, -1))
+        return torch.stack([pieces[:, self.rank - 1], pieces[:, -2 - self.rank]], dim=1)
 
     def return_outputs(self, out: Tensor) -> Tensor:
         """Attention's output for this rank's tokens, `[batch, seq / size, heads, head_dim]`, from where they attend."""

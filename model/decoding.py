@@ -14,7 +14,8 @@ from dash_train.model.cache import Cache
 def attend_step(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None) -> Tensor:
     """Attention of q `[batch, heads, head_dim]` over a layer's cache, in which its own key and value already stand.
 
-    `routing` is how the layer routes, keywords of dash_decode; None in a full-attention layer.
+    `routing` is how the layer routes, keywords of dash_decode; None in a full-attention layer. What the token changes
+    in the cache has been done, by append_token.
     """
     mode = cache.decoding.mode
     if mode == "vattention":
@@ -33,7 +34,8 @@ def attend_everything(q: Tensor, cache: Cache, layer: int) -> Tensor:
 def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Tensor:
     memory = cache.layers[layer]
     assert memory.summaries is not None
-    call = partial(dash_decode, q, memory.keys, memory.values, memory.summaries, cache.lengths, **routing)
+    caches = (memory.keys, memory.values, memory.summaries)
+    call = partial(dash_decode, q, *caches, cache.lengths, state=memory.routing, **routing)
     if not cache.measures_routing:
         return call()
     out, active = call(return_active=True)
@@ -45,7 +47,9 @@ def _routed(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any]) -> Ten
 def _sampled(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None) -> Tensor:
     memory, decoding = cache.layers[layer], cache.decoding
     assert memory.summaries is not None and cache.seeds is not None
-    prior = None if routing is None else decode_prior(q, memory.summaries, cache.lengths, **routing)
+    prior = None
+    if routing is not None:
+        prior = decode_prior(q, memory.summaries, cache.lengths, state=memory.routing, **routing)
     out, report = vattention_decode(
         q,
         memory.keys,

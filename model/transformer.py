@@ -5,6 +5,7 @@ Parameter names are those of Hugging Face's Llama (Qwen3 with qk_norm), plus `se
 
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,16 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+class RowInputs(NamedTuple):
+    """Rows as the blocks take them."""
+
+    tokens: Tensor  # [batch, seq]; of shared rows this rank's, as all of the following but document_starts
+    positions: Tensor  # [1 or batch, seq], in their documents
+    real: Tensor | None  # at the queries that attend on this rank, as the mask
+    document_starts: Tensor  # [batch, seq] of whole rows
+    mask: Tensor | BlockMask | None
+
+
 class Transformer(nn.Module):
     """Everything between token ids and the output projection."""
 
@@ -119,6 +130,14 @@ class Transformer(nn.Module):
         if cache is not None:
             pieces = cache.pieces(tokens, real)
             return self.norm(torch.cat([self._blocks(*piece, cache=cache)[0] for piece in pieces], 1)), None
+        inputs = self.row_inputs(tokens, document_starts, real, context)
+        hidden, counts = self._blocks(*inputs, context=context)
+        return self.norm(hidden), self._statistics(counts, inputs.document_starts, inputs.real, context)
+
+    def row_inputs(
+        self, tokens: Tensor, document_starts: Tensor | None, real: Tensor | None, context: Context
+    ) -> RowInputs:
+        """What the blocks need to know of whole rows `[batch, seq]`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask: Tensor | BlockMask | None = None
         if document_starts is not None:
@@ -129,10 +148,7 @@ class Transformer(nn.Module):
             document_starts = torch.zeros_like(tokens, dtype=torch.int32)
         if real is not None:
             real = context.at_queries(real)
-        hidden, counts = self._blocks(
-            context.share(tokens), context.share(positions), real, document_starts, mask, context=context
-        )
-        return self.norm(hidden), self._statistics(counts, document_starts, real, context)
+        return RowInputs(context.share(tokens), context.share(positions), real, document_starts, mask)
 
     def _blocks(
         self,
@@ -170,8 +186,7 @@ class Transformer(nn.Module):
         if not routed:
             return nothing.expand(len(counts), -1)
         query_starts = context.query_starts(document_starts.shape[1])
-        q_len = routed[0].active_chunks.shape[-1]
-        eligible = count_eligible(document_starts, query_starts, q_len, self.config.attention.chunk_size)
+        eligible = count_eligible(document_starts, query_starts, routed[0].tokens, self.config.attention.chunk_size)
         totals = routing_totals(routed, eligible, real, len(query_starts))
         rows = iter(torch.stack(totals, dim=1).float())
         return torch.stack([nothing if layer is None else next(rows) for layer in counts])

@@ -14,6 +14,7 @@ ATTENTION: dict[str, Any] = {
     "full": {"type": "full"},
     "dash": {"type": "dash", "routing_scale": 8.0},
     "mixed": {"type": ["full", "dash"], "routing_scale": 8.0},
+    "blocks": {"type": "dash", "routing_scale": 8.0, "routing_block": [1, 16], "routing_window": [4, 16]},
 }
 
 
@@ -27,17 +28,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def tiny_model() -> Callable[..., LanguageModel]:
-    """Builds a model of 2 layers and chunks of 16 with random norms and chunk queries, the same at every call."""
+    """Builds a model of 2 layers and chunks of 16 with random norms and chunk queries, the same at every call.
+
+    `routing` changes keys of `model.attention`, all others those of `model`.
+    """
 
     def build(
         attention: str = "full",
         activation_checkpointing: Any = "none",
         activation_offload: bool = False,
+        routing: dict[str, Any] | None = None,
         **changes: Any,
     ) -> LanguageModel:
         shape = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_size": 48}
         options = {**shape, "vocab_size": 64, "init_std": 0.2, **changes}
-        config = ModelConfig(**options, attention={"chunk_size": 16, **ATTENTION[attention]})
+        config = ModelConfig(**options, attention={"chunk_size": 16, **ATTENTION[attention], **(routing or {})})
         torch.manual_seed(0)
         model = LanguageModel(
             config, activation_checkpointing=activation_checkpointing, activation_offload=activation_offload

@@ -47,9 +47,13 @@ def test_exported_logits_equal_ours(
 ) -> None:
     model = tiny_model(attention, qk_norm=qk_norm, rope_scaling=ROPE[rope], tie_embeddings=tie_embeddings)
     out = export_folder(model, tmp_path)
+    assert_same_logits(out, model, name)
+
+
+def assert_same_logits(out: Path, model: LanguageModel, name: str = "DashForCausalLM") -> None:
+    """The folder's, loaded by transformers and by us, are the model's."""
     theirs = from_huggingface(out)
     assert type(theirs).__name__ == name
-
     tokens = torch.randint(64, (2, 80))
     with torch.no_grad():
         logits = model(tokens)["logits"]
@@ -57,9 +61,23 @@ def test_exported_logits_equal_ours(
         torch.testing.assert_close(load_model(out, torch.float32, "cpu")(tokens)["logits"], logits, atol=1e-5, rtol=0)
 
 
-def test_transformers_generates_what_we_do(tiny_model: Build, tmp_path: Path) -> None:
+def test_routing_blocks_are_exported(tiny_model: Build, tmp_path: Path) -> None:
+    """A folder from before there were any has the paper's."""
+    routing = {"routing_block": [1, 16], "routing_window": [5, 16]}
+    blocks, tokens = tiny_model("dash", routing=routing), tiny_model("dash")
+    out = export_folder(blocks, tmp_path)
+    assert_same_logits(out, blocks)
+    config = json.loads((out / "config.json").read_text())
+    for key in routing:
+        del config["model"]["attention"][key]
+    (out / "config.json").write_text(json.dumps(config))
+    assert_same_logits(out, tokens)
+
+
+@pytest.mark.parametrize("attention", ["dash", "blocks"])
+def test_transformers_generates_what_we_do(attention: str, tiny_model: Build, tmp_path: Path) -> None:
     """Across chunk boundaries, with and without its cache, with padding on either side of the shorter row."""
-    model = tiny_model("dash")
+    model = tiny_model(attention)
     theirs = from_huggingface(export_folder(model, tmp_path))
     prompts = torch.randint(4, 64, (2, 24))
     options = {"max_new_tokens": 20, "do_sample": False}

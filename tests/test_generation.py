@@ -1,10 +1,12 @@
 from collections.abc import Callable, Iterable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from dash_train.decode_report import DecodeReport
+from dash_train.decode_step import DecodeStep
 from dash_train.errors import UserError
 from dash_train.generation import TextStream, choose_decoding, generate, read_prompts
 from dash_train.kernels.full import list_all_chunks
@@ -14,6 +16,13 @@ from dash_train.model.transformer import LanguageModel
 Build = Callable[..., LanguageModel]
 
 PROMPTS = [[1, 2, 3], list(range(30)), [5] * 47, [9]]
+ROUTING = {
+    "R1-w4": {"routing_block": 1, "routing_window": 4},
+    "R8-w1": {"routing_block": 8, "routing_window": 1},
+    "R16-w16": {"routing_block": 16, "routing_window": 16},
+    "R4-w40": {"routing_block": 4, "routing_window": 40},
+    "R64-w16": {"routing_block": 64, "routing_window": 16, "chunk_size": 64},
+}
 
 
 def assert_greedy(model: LanguageModel, prompts: list[list[int]], generated: list[list[int]]) -> None:
@@ -30,7 +39,7 @@ def rows(steps: Iterable[list[int | None]]) -> list[list[int | None]]:
 
 
 @pytest.mark.parametrize("piece_size", [16, 8192])
-@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed", "blocks"])
 def test_decoding_gives_the_full_forwards_tokens(attention: str, piece_size: int, tiny_model: Build) -> None:
     """Ragged prompts, in one piece and in several, over several chunk boundaries (the chunk is 16)."""
     model = tiny_model(attention)
@@ -39,10 +48,52 @@ def test_decoding_gives_the_full_forwards_tokens(attention: str, piece_size: int
     assert_greedy(model, PROMPTS, generated)
 
 
+def forced(model: LanguageModel, prompts: list[list[int]], steps: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Logits [rows, steps + 1, vocab] after the prompts and after each of the tokens `steps` [rows, steps]."""
+    capacity = max(map(len, prompts)) + steps.shape[1]
+    cache = Cache.allocate(model.config, len(prompts), capacity, torch.float32, torch.device("cpu"), **options)
+    step = DecodeStep(model, cache)
+    return torch.stack([read_prompts(model, prompts, cache), *(step(tokens).clone() for tokens in steps.T)], 1)
+
+
+def uncached(model: LanguageModel, prompts: list[list[int]], steps: torch.Tensor) -> torch.Tensor:
+    """The same by full forwards."""
+    rows = zip(prompts, steps.tolist(), strict=True)
+    with torch.no_grad():
+        return torch.stack(
+            [model(torch.tensor([prompt + row]))["logits"][0, len(prompt) - 1 :] for prompt, row in rows]
+        )
+
+
+@pytest.mark.parametrize("piece_size", [16, 8192])
+@pytest.mark.parametrize("routing", ROUTING.values(), ids=ROUTING)
+def test_steps_of_routing_blocks_give_the_full_forwards_logits(
+    routing: dict, piece_size: int, tiny_model: Build
+) -> None:
+    """Ragged prompts that end in different pieces, chunks and blocks; steps over the borders of all of them."""
+    model = tiny_model("dash", routing=routing)
+    prompts = torch.randint(64, (5, 150)).tolist()
+    prompts = [prompt[:length] for prompt, length in zip(prompts, (1, 37, 64, 129, 150), strict=True)]
+    steps = torch.randint(64, (5, 30))
+    logits = forced(model, prompts, steps, piece_size=piece_size)
+    torch.testing.assert_close(logits, uncached(model, prompts, steps), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_routing_every_few_tokens_is_a_smaller_block(every: int, tiny_model: Build) -> None:
+    """After prompts that have nothing to route to: those are read with the model's own blocks."""
+    model = tiny_model("dash", routing={"routing_block": [16, 2], "routing_window": 4})
+    smaller = tiny_model("dash", routing={"routing_block": [every, min(every, 2)], "routing_window": 4})
+    prompts, steps = [[1, 2, 3], list(range(16)), [7] * 9], torch.randint(64, (3, 40))
+    logits = forced(model, prompts, steps, decoding=Decoding("dash", routing_every=every))
+    torch.testing.assert_close(logits, uncached(smaller, prompts, steps), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(logits, uncached(model, prompts, steps), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["full", "dash", "vattention"])
 def test_pieces_of_a_prompt_add_up(mode: str, tiny_model: Build) -> None:
     """The cache and the last logits after prompts in pieces of 16, 32 and all at once."""
-    model = tiny_model("mixed")
+    model = tiny_model("mixed", routing=ROUTING["R4-w40"])
     caches, logits = [], []
     for piece_size in (1, 32, 8192):
         cache = Cache.allocate(
@@ -53,8 +104,8 @@ def test_pieces_of_a_prompt_add_up(mode: str, tiny_model: Build) -> None:
     for cache, last in zip(caches[:2], logits[:2], strict=True):
         torch.testing.assert_close(last, logits[2])
         for one, whole in zip(cache.layers, caches[2].layers, strict=True):
-            torch.testing.assert_close(one.keys, whole.keys)
-            torch.testing.assert_close(one.summaries, whole.summaries)
+            for in_pieces, at_once in zip(one.tensors(), whole.tensors(), strict=True):
+                torch.testing.assert_close(in_pieces, at_once)
 
 
 def test_full_ignores_the_router(tiny_model: Build) -> None:
@@ -65,7 +116,7 @@ def test_full_ignores_the_router(tiny_model: Build) -> None:
     assert_greedy(plain, PROMPTS, generated)
 
 
-@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed", "blocks"])
 def test_vattention_that_reads_everything_is_exact(attention: str, tiny_model: Build) -> None:
     """Contexts that fit into sink and window leave nothing to a sample."""
     model, report = tiny_model(attention), DecodeReport()
@@ -175,6 +226,7 @@ def test_numbers_out_of_range_are_refused(wrong: dict, tiny_model: Build) -> Non
         ({"verify": "both"}, "found full, both"),
         ({"epsilon": 1.0}, "found epsilon 1.0"),
         ({"delta": 0.0}, "delta 0.0"),
+        ({"routing_every": 3}, "power of two.* found 3"),
     ],
 )
 def test_unknown_ways_to_decode_are_refused(wrong: dict, message: str, tiny_model: Build) -> None:

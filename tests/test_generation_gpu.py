@@ -28,7 +28,7 @@ def filled_cache(model: LanguageModel, decoding: Decoding, longest: int, **optio
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed", "blocks"])
 @pytest.mark.parametrize("decoding", DECODINGS, ids=lambda decoding: decoding.mode)
 def test_a_graph_gives_what_eager_steps_give(
     decoding: Decoding, attention: str, dtype: torch.dtype, tiny_model: Build
@@ -44,13 +44,14 @@ def test_a_graph_gives_what_eager_steps_give(
             logits = step(logits.argmax(-1)).clone()
             seen.append(logits)
         assert (step._graph is not None) == use_graph
-        results.append([torch.stack(seen), cache.totals, cache.lengths, *(layer.keys for layer in cache.layers)])
+        kept = [tensor for layer in cache.layers for tensor in layer.tensors()]
+        results.append([torch.stack(seen), cache.totals, cache.lengths, *kept])
     assert torch.isfinite(results[0][0]).all()
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)
 
 
-@pytest.mark.parametrize("attention", ["full", "dash"])
+@pytest.mark.parametrize("attention", ["full", "dash", "blocks"])
 @pytest.mark.parametrize("decoding", DECODINGS, ids=lambda decoding: decoding.mode)
 def test_a_step_never_waits_for_the_host(decoding: Decoding, attention: str, tiny_model: Build) -> None:
     model = tiny_model(attention, head_dim=32).to("cuda", torch.bfloat16)
@@ -67,7 +68,7 @@ def test_a_step_never_waits_for_the_host(decoding: Decoding, attention: str, tin
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("attention", ["full", "dash", "mixed"])
+@pytest.mark.parametrize("attention", ["full", "dash", "mixed", "blocks"])
 @pytest.mark.parametrize("mode", ["full", "dash", "vattention"])
 def test_cuda_generates_what_the_cpu_does(mode: str, attention: str, tiny_model: Build) -> None:
     """fp32, over chunk boundaries: the CPU finds each of the GPU's tokens likeliest, but for ties."""
@@ -86,7 +87,7 @@ def test_cuda_generates_what_the_cpu_does(mode: str, attention: str, tiny_model:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["full", "dash"])
+@pytest.mark.parametrize("attention", ["full", "dash", "blocks"])
 def test_pieces_of_a_prompt_add_up(attention: str, dtype: torch.dtype, tiny_model: Build) -> None:
     model = tiny_model(attention, head_dim=32).to("cuda", dtype)
     (in_pieces, logits), (at_once, expected) = (

@@ -13,9 +13,12 @@ COVERING = {
         Case(2, context=2, accumulation=1, attention="full"),
         Case(1, context=2, accumulation=2, method="ulysses", savings="chunked", attention="full"),
         Case(0, context=1, accumulation=2),
+        Case(2, context=2, accumulation=2, method="ulysses", attention="blocks"),
     ],
     4: [
         Case(1, context=4, accumulation=1),
+        Case(1, context=4, accumulation=2, attention="blocks"),
+        Case(3, context=2, accumulation=1, savings="chunked", attention="blocks", routing_scale="auto"),
         Case(3, context=4, accumulation=2, savings="chunked", attention="full"),
         Case(0, context=4, accumulation=1, method="ulysses", savings="chunked"),
         Case(2, context=2, accumulation=2, savings="chunked", routing_scale="auto"),  # and two data-parallel ranks

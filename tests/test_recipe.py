@@ -53,6 +53,11 @@ def test_overrides_replace_values(recipe):
         ("model.attention.routing_scale=a", "model.attention.routing_scale: should be a valid number"),
         ("model.heads=5", "model: heads (5) must be a multiple of kv_heads (2)"),
         ("model.attention.type=[dash, full]", "model: attention.type lists 2 values for 12 layers"),
+        ("model.attention.routing_block=3", "model.attention: routing_block (3) must divide chunk_size (64)"),
+        ("model.attention.routing_block=[1, 128]", "model.attention: routing_block (128) must divide chunk_size (64)"),
+        ("model.attention.routing_block=[1, 16]", "model: attention.routing_block lists 2 values for 12 layers"),
+        ("model.attention.routing_window=0", "model.attention.routing_window: should be greater than 0"),
+        ("model.attention.routing_window=[1]", "model: attention.routing_window lists 1 values for 12 layers"),
         ("train.seq=1000", "train.seq (1000) must be a multiple of model.attention.chunk_size (64)"),
         ("train.micro_batch_size=3", "train.global_batch_size (8) must be a multiple of train.micro_batch_size (3)"),
         ("parallel.zero_stage=0", "train.precision bf16 needs parallel.zero_stage 1, 2 or 3"),
@@ -69,6 +74,13 @@ def test_wrong_values_are_named(recipe, override, message):
         load_recipe(recipe, [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_window_reaches_no_farther_than_the_piece_before(recipe):
+    options = ["train.seq=512", "parallel.context=2", "model.attention.routing_window=130"]
+    with pytest.raises(UserError, match=r"routing_window \(130\) must be at most .* = 129"):
+        load_recipe(recipe, options)
+    load_recipe(recipe, [*options, "parallel.context_method=ulysses"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ KEYS = ("router_grad_norm_q", "grad_norm_chunk_query")
 
 
 def run(folder, corpus, **overrides):
-    attention = {"chunk_size": 16, "routing_scale": 500.0, "type": ["dash", "full"]}
+    attention = {"chunk_size": 16, "routing_scale": 500.0, "type": ["dash", "full"], "routing_window": 5}
     options = {
         "model": {**SHAPE, "attention": attention},
         "train__validate_every": 0,

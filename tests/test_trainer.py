@@ -1,6 +1,8 @@
+import itertools
 import json
 import logging
 import math
+from contextlib import closing
 
 import deepspeed
 import pytest
@@ -30,7 +32,7 @@ SHAPE = {
     "tie_embeddings": True,
 }
 FIXED = {**SHAPE, "attention": FIXED_SCALE}
-MIXED = {**FIXED_SCALE, "type": ["dash", "full"]}
+MIXED = {**FIXED_SCALE, "type": ["dash", "full"], "routing_block": 4, "routing_window": 9}
 
 
 @pytest.fixture
@@ -174,13 +176,41 @@ def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
     assert (run / "tokenizer").is_dir()
 
 
-def test_auto_scale_finds_the_density_and_survives_in_the_checkpoint(train, tmp_path):
-    shape = {**SHAPE, "attention": {"chunk_size": 16, "initial_density": 0.6}}
-    training, _ = train(model=shape, train__micro_batch_size=8, train__steps=2)
-    assert training[0]["density"] == pytest.approx([0.6, 0.6], abs=0.02)
+@pytest.mark.parametrize("block", [1, 16])
+def test_auto_scale_gives_the_density_of_the_next_batches(tmp_path, corpus, block):
+    """At the initial weights, over 16 batches that calibration has not seen; whatever the micro-batch."""
+    attention = {"chunk_size": 16, "initial_density": 0.25, "routing_block": block, "routing_window": block}
+    rows = {"train__seq": 1024, "train__global_batch_size": 4, "model": {**SHAPE, "attention": attention}}
+    trainer, other = (
+        Trainer(load_recipe(write_recipe(tmp_path / f"{size}.yaml", corpus, **rows, train__micro_batch_size=size)))
+        for size in (1, 4)
+    )
+    assert trainer.model_config.attention.routing_scale == other.model_config.attention.routing_scale
+    batches = step_batches(
+        trainer.training_rows, global_batch_size=4, micro_batch_size=4, rank=0, world=1, start_step=16
+    )
+    densities = []
+    with closing(batches), torch.no_grad():
+        for batch in itertools.islice(batches, 16):
+            outputs = trainer.engine.module(**batch.micro_batches[0])
+            densities.append(outputs["active_chunks"] / outputs["eligible_chunks"])
+    assert torch.stack(densities).mean(0).tolist() == pytest.approx([0.25, 0.25], rel=0.15)
+
+
+def test_routing_survives_in_the_checkpoint(train, tmp_path):
+    """And a checkpoint from before there were routing blocks has the paper's."""
+    attention = {"chunk_size": 16, "routing_block": [1, 16], "routing_window": 5}
+    train(train__steps=2, model={**SHAPE, "attention": attention})
     found = checkpoint.find(tmp_path / "run" / "run")
-    scales = checkpoint.load_model_config(found).attention.routing_scale
+    saved = checkpoint.load_model_config(found)
+    scales = saved.attention.routing_scale
     assert isinstance(scales, list) and len(scales) == 2 and scales[0] != 1.0
+    assert (saved.routing_block(1), saved.routing_window(1)) == (16, 5)
+    values = json.loads((found / "model.json").read_text())
+    del values["attention"]["routing_block"], values["attention"]["routing_window"]
+    (found / "model.json").write_text(json.dumps(values))
+    before = checkpoint.load_model_config(found)
+    assert (before.routing_block(1), before.routing_window(1)) == (1, 1)
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16")])
@@ -231,11 +261,15 @@ def test_a_checkpoint_of_another_run_is_refused(train, changes, message):
     assert message in str(error.value)
 
 
-def test_what_a_resume_changes_is_logged(train, caplog):
+def test_what_a_resume_changes_is_logged(train, tmp_path, caplog):
     train(train__steps=2)
+    blocks = {"chunk_size": 16, "routing_block": [1, 16]}
     with caplog.at_level(logging.INFO):
-        train(train__steps=4, optimizer__lr=1e-4)
+        train(train__steps=4, optimizer__lr=1e-4, model={**SHAPE, "attention": blocks})
     assert "optimizer.lr was 0.003, is 0.0001" in caplog.text
+    assert "model.attention.routing_block was 1, is [1, 16]" in caplog.text
+    found = checkpoint.load_model_config(checkpoint.find(tmp_path / "run" / "run"))
+    assert found.attention.routing_block == [1, 16]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [*((stage, "fp32") for stage in range(4)), (1, "bf16")])

@@ -39,9 +39,9 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """How results were made, for JSON."""
         decoding = asdict(self.decoding)
-        if self.decoding.mode != "vattention":
-            decoding = {"mode": self.decoding.mode}
-        return {"decode": decoding.pop("mode"), **decoding, "seed": self.seed}
+        mode, routing_every = decoding.pop("mode"), decoding.pop("routing_every")
+        sampling = decoding if mode == "vattention" else {}
+        return {"decode": mode, "routing_every": routing_every, **sampling, "seed": self.seed}
 
 
 def read_documents(trained: Trained, text: Path | None) -> list[list[int]]:

@@ -57,8 +57,9 @@ def test_cross_entropy_in_chunks_equals_plain(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_saving_changes_a_gradient(attention: str, policy: str, offload: bool, tiny_model: Build) -> None:
-    plain = gradients(tiny_model(attention, layers=3))
-    saving = gradients(tiny_model(attention, policy, activation_offload=offload, layers=3))
+    options = {"layers": 3, "routing": {"routing_block": [1, 4, 16], "routing_window": [1, 9, 2]}}
+    plain = gradients(tiny_model(attention, **options))
+    saving = gradients(tiny_model(attention, policy, activation_offload=offload, **options))
     torch.testing.assert_close(saving, plain, rtol=0, atol=0)
 
 

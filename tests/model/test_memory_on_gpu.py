@@ -13,6 +13,7 @@ from dash_train.model.transformer import LanguageModel
 pytestmark = pytest.mark.gpu
 
 SHAPE = {"layers": 4, "hidden_size": 256, "heads": 8, "kv_heads": 2, "head_dim": 64, "mlp_size": 512}
+BLOCKS = {"routing_block": [1, 4, 16, 16], "routing_window": [4, 9, 1, 16]}
 
 
 def gradients(model: LanguageModel, packed: bool = False, seq: int = 4096) -> list[torch.Tensor]:
@@ -31,13 +32,15 @@ def build(tiny_model: Callable[..., LanguageModel]) -> Callable[..., LanguageMod
     return lambda *args, **options: tiny_model(*args, **{**SHAPE, **options}).to("cuda", torch.bfloat16)
 
 
-@pytest.mark.parametrize("attention", ["dash", "full"])
+@pytest.mark.parametrize(("attention", "routing"), [("dash", {}), ("dash", BLOCKS), ("full", {})])
 @pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_no_saving_changes_a_gradient(attention: str, policy: str, offload: bool, build: Any) -> None:
+def test_no_saving_changes_a_gradient(
+    attention: str, routing: dict[str, Any], policy: str, offload: bool, build: Any
+) -> None:
     """Bit for bit for Dash; cuDNN's backward pass adds in no fixed order."""
-    plain = gradients(build(attention))
-    saving = gradients(build(attention, policy, activation_offload=offload))
+    plain = gradients(build(attention, routing=routing))
+    saving = gradients(build(attention, policy, activation_offload=offload, routing=routing))
     for one, other in zip(plain, saving, strict=True):
         if attention == "dash":
             assert torch.equal(one, other)

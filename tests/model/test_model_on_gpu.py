@@ -8,7 +8,7 @@ from dash_train.model.transformer import LanguageModel
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("attention", ["full", "dash"])
+@pytest.mark.parametrize("attention", ["full", "dash", "blocks"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_cuda_equals_cpu(attention: str, packed: bool, tiny_model: Callable[..., LanguageModel]) -> None:
     """Loss and gradients in fp32: the fused pieces and FlexAttention against plain torch."""
@@ -27,7 +27,7 @@ def test_cuda_equals_cpu(attention: str, packed: bool, tiny_model: Callable[...,
         assert (on_cuda - on_cpu).norm() <= 1e-3 * on_cpu.norm()
 
 
-@pytest.mark.parametrize("attention", ["full", "dash"])
+@pytest.mark.parametrize("attention", ["full", "dash", "blocks"])
 def test_packed_rows_never_wait_for_the_host(attention: str, tiny_model: Callable[..., LanguageModel]) -> None:
     model = tiny_model(attention, head_dim=32).to("cuda", torch.bfloat16)
     tokens = torch.randint(64, (2, 512), device="cuda")
