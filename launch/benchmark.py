@@ -1,24 +1,34 @@
 """Time this project against its peers on one GPU; docs/benchmarks.md has the results.
 
 python launch/benchmark.py attention --seq 32768 --heads 32 --kv-heads 2 --density 0.25 --union 1.12
-    [--backward] [--json row.json]
+    [--routing-block 16 [--routing-window 16]] [--backward] [--json row.json]
+python launch/benchmark.py attention --captured FILE [--json layers.json]
 python launch/benchmark.py train --recipe recipes/1b-128k.yaml --seq 8192,32768,65536,131072 --attention dash,full
     --peer huggingface [--steps 2] [--json rows.json]
 python launch/benchmark.py decode --batch 8 --context 131072 --heads 32 --kv-heads 8 --density 0.05
-    [--decode full|dash|vattention] [--json row.json]
-python launch/benchmark.py step --batch 8 --context 131072 --density 0.05 [--json row.json]
-python launch/benchmark.py coverage [--captured FILE [--model EXPORT --text FILE]] [--json coverage.json]
+    [--decode full|dash|vattention] [--routing-block 16 [--routing-window 16]] [--json row.json]
+python launch/benchmark.py step --batch 8 --context 131072 --density 0.05
+    [--routing-block 16 [--routing-window 16]] [--json row.json]
+python launch/benchmark.py coverage [--captured FILE] [--json coverage.json]
+python launch/benchmark.py capture --model EXPORT --text FILE --seq 8192 --rows 4 --out FILE
 """
 
 import os
 from argparse import Namespace
 from pathlib import Path
 
-from dash_train.benchmark import attention, coverage, decode, step, train
+from dash_train.benchmark import attention, captured, coverage, decode, step, train
 from dash_train.benchmark.report import write_json
 from dash_train.command import command_parser, run_command
 
-BENCHMARKS = {"attention": attention, "coverage": coverage, "decode": decode, "step": step, "train": train}
+BENCHMARKS = {
+    "attention": attention,
+    "capture": captured,
+    "coverage": coverage,
+    "decode": decode,
+    "step": step,
+    "train": train,
+}
 
 
 def main(args: Namespace) -> None:

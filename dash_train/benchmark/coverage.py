@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_train.benchmark.captured import capture, captured_problems
+from dash_train.benchmark.captured import captured_problems
 from dash_train.benchmark.populations import POPULATIONS, Problem, make_problem
-from dash_train.conversion import load_model
-from dash_train.data.tokenizer import load_tokenizer
 from dash_train.kernels.vattention import vattention_decode
 
 LEVELS = (0.1, 0.05, 0.025)  # epsilon and delta alike
@@ -47,9 +45,9 @@ class Outcome(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py coverage`."""
-    parser.add_argument("--captured", type=Path, help="measure on this file of queries, keys and values of a model")
-    parser.add_argument("--model", type=Path, help="first capture them from this export, on --text")
-    parser.add_argument("--text", type=Path, help="a text of at least 16,384 tokens")
+    parser.add_argument(
+        "--captured", type=Path, help="measure on a model's queries, keys and values: a file of `capture`"
+    )
     parser.add_argument("--populations", nargs="+", choices=POPULATIONS, default=POPULATIONS, help="(synthetic)")
     parser.add_argument("--pairs", type=int, default=2048, help="(query, head) pairs a cell (synthetic)")
     parser.add_argument("--context", type=int, default=32768, help="keys a query (synthetic)")
@@ -66,10 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Measures every cell and prints the table."""
-    if args.model:
-        tokens = torch.tensor(load_tokenizer(args.model).encode(args.text.read_text()))
-        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        capture(load_model(args.model, dtype, args.device), tokens, args.captured)
     if args.captured:
         sources = captured_problems(args.captured, args.device, BLOCK_ROWS)
     else:

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_train.benchmark.timing import captured, extra_memory, kernel_times, milliseconds
 from dash_train.errors import UserError
-from dash_train.kernels.dash import dash_decode
+from dash_train.kernels.dash import RoutingState, append_token, dash_decode
 from dash_train.kernels.dash.decode_routing import route_newest
 from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.dash.summaries import summarize_chunks
@@ -23,6 +23,7 @@ DENSITY_TOLERANCE = 0.05  # relative
 SCALES = (0.05, 400.0)  # routing scales that the search tries
 COLD_BYTES = 2**28  # between two uses of the same input others of this size are read: several times the L2 cache
 CALLS = 8  # at least, in one timed run: its own launch is then not seen
+STEPS = 64  # with routing blocks, of each sequence: a multiple of any block
 
 Row = dict[str, float | str]
 
@@ -38,6 +39,8 @@ class DecodeCase:
     head_dim: int
     chunk_size: int
     density: float
+    routing_block: int
+    routing_window: int
 
     @property
     def eligible_chunks(self) -> int:
@@ -59,6 +62,7 @@ class Inputs:
     v_cache: Tensor
     summaries: Tensor
     lengths: Tensor
+    state: RoutingState
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--decode", choices=("full", "dash", "vattention"), default="dash")
     parser.add_argument("--density", type=float, default=0.05, help="of dash")
+    parser.add_argument("--routing-block", type=int, default=1, help=f"of dash; above 1 {STEPS} steps are averaged")
+    parser.add_argument("--routing-window", type=int, help="of dash (default: the block)")
     for name, default in (("epsilon", 0.05), ("delta", 0.05), ("heavy", 0.05), ("max-sample", 0.5)):
         parser.add_argument(f"--{name}", type=float, default=default, help="of vattention")
     for name, default in (("base-sample", 512), ("sink", 128), ("window", 128)):
@@ -80,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Row:
     """The row of `launch/benchmark.py decode`."""
+    args.routing_window = args.routing_window or args.routing_block
     case = DecodeCase(**{field.name: getattr(args, field.name) for field in fields(DecodeCase)})
     if args.decode == "dash":
         row, inputs = dash_row(case)
@@ -92,18 +99,50 @@ def run(args: argparse.Namespace) -> Row:
 
 
 def dash_row(case: DecodeCase) -> tuple[Row, Inputs]:
-    """Milliseconds of dash_decode and of each kernel in it, the rate at which it reads what it must, and memory."""
+    """Milliseconds of dash_decode and of each kernel in it, the rate at which it reads what it must, and memory.
+
+    Where routing looks back, the mean over STEPS tokens up to the context, what append_token takes included.
+    """
     sets, config = make_inputs(case)
     keys = _attended_keys(sets, config).sum().item() / len(sets)
     summaries = case.batch * case.kv_heads * case.eligible_chunks
     must_read = case.head_dim * (keys * 2 * sets[0].k_cache.element_size() + summaries * 4)
 
-    def decode(inputs: Inputs) -> Tensor:
+    def decode(inputs: Inputs, _step: int) -> Tensor:
         caches = (inputs.k_cache, inputs.v_cache, inputs.summaries)
         return dash_decode(inputs.q, *caches, inputs.lengths, **asdict(config), backend="triton")
 
     row: Row = {"density": _density(case, sets, config), "routing_scale": config.routing_scale}
-    return row | _decode_times(decode, sets, must_read), sets[0]
+    if case.routing_block == case.routing_window == 1:
+        return row | _decode_times(decode, sets, must_read), sets[0]
+    step = _block_step(replace(config, routing_block=case.routing_block), sets)
+    return row | _decode_times(step, sets, must_read, STEPS), sets[0]
+
+
+def _block_step(config: DashConfig, sets: list[Inputs]) -> Callable[[Inputs, int], Tensor]:
+    """append_token and dash_decode of tokens up to the context; their queries are all the same, and so their mean."""
+    lengths = [sets[0].lengths - STEPS + 1 + step for step in range(STEPS)]
+    chunk_query = torch.zeros_like(sets[0].k_cache[0, 0])
+
+    def step(inputs: Inputs, step: int) -> Tensor:
+        caches = (inputs.k_cache, inputs.v_cache)
+        append_token(
+            inputs.q,
+            inputs.k_cache[:, 0],
+            inputs.v_cache[:, 0],
+            *caches,
+            lengths[step],
+            summaries=inputs.summaries,
+            chunk_query=chunk_query,
+            state=inputs.state,
+            chunk_size=config.chunk_size,
+            routing_block=config.routing_block,
+            backend="triton",
+        )
+        options = {**asdict(config), "state": inputs.state, "backend": "triton"}
+        return dash_decode(inputs.q, *caches, inputs.summaries, lengths[step], **options)
+
+    return step
 
 
 def vattention_row(case: DecodeCase, options: dict[str, Any]) -> tuple[Row, Inputs]:
@@ -112,7 +151,7 @@ def vattention_row(case: DecodeCase, options: dict[str, Any]) -> tuple[Row, Inpu
 
     sets = [_plain_inputs(case, seed) for seed in range(_sets(case, 0.1))]
 
-    def decode(inputs: Inputs) -> Any:
+    def decode(inputs: Inputs, _step: int = 0) -> Any:
         caches = (inputs.k_cache, inputs.v_cache, inputs.lengths)
         return vattention_decode(inputs.q, *caches, summaries=inputs.summaries, **options)
 
@@ -127,24 +166,24 @@ def vattention_row(case: DecodeCase, options: dict[str, Any]) -> tuple[Row, Inpu
     return row | _decode_times(decode, sets, must_read), sets[0]
 
 
-def _decode_times(decode: Callable[[Inputs], object], sets: list[Inputs], must_read: float) -> Row:
+def _decode_times(decode: Callable[[Inputs, int], object], sets: list[Inputs], must_read: float, steps: int = 1) -> Row:
     """Per call, by replays of a graph that goes through all sets, so that none of them is in the cache of the device.
 
-    The kernels' times are those of the same replays in the profiler.
+    All steps are gone through equally often. The kernels' times are those of the same replays in the profiler.
     """
-    rounds = -(-CALLS // len(sets))
+    rounds = steps * -(-CALLS // (steps * len(sets)))
     calls = rounds * len(sets)
 
     def whole() -> None:
-        for _ in range(rounds):
+        for step in range(rounds):
             for inputs in sets:
-                decode(inputs)
+                decode(inputs, step % steps)
 
     graph = captured(whole)
     time = milliseconds(graph.replay) / calls
     row: Row = {"decode_ms": time, "must_read_gb_per_s": must_read / time / 1e6}
     row |= {name: total / calls for name, total in kernel_times(graph.replay, least=0.0).items()}
-    row["extra_mib"] = extra_memory(lambda: decode(sets[0])) * 1024
+    row["extra_mib"] = extra_memory(lambda: decode(sets[0], 0)) * 1024
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
 
@@ -228,7 +267,9 @@ def _inputs(case: DecodeCase, q: Tensor, keys: Callable[[], Tensor], values: Cal
     chunk_query = torch.zeros(case.kv_heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
     summaries, _ = summarize_chunks(k_cache, chunk_query, case.chunk_size)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
-    return Inputs(q.bfloat16(), k_cache, v_cache, summaries, lengths)
+    sizes = (case.batch, summaries.shape[1], case.heads, case.kv_heads, case.head_dim, case.routing_window)
+    state = RoutingState.allocate(*sizes, torch.bfloat16, q.device)
+    return Inputs(q.bfloat16(), k_cache, v_cache, summaries, lengths, state)
 
 
 def _peer_times(case: DecodeCase, inputs: Inputs, decode_ms: float) -> Row:

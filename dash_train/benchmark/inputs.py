@@ -62,7 +62,7 @@ class Rows:
 def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.device) -> None:
     """Set every Dash layer's routing scale so that the first micro-batch's density is `density`."""
     model.config.attention.initial_density = density
-    calibrate_routing_scale(model, next(rows.micro_batches())["tokens"].to(device))
+    calibrate_routing_scale(model, [{"tokens": next(rows.micro_batches())["tokens"].to(device)}])
 
 
 def union_factor(model: LanguageModel, rows: Rows, device: torch.device) -> float | None:

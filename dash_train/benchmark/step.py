@@ -21,6 +21,7 @@ from dash_train.model.transformer import Block, LanguageModel
 
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 MORE_TOKENS = 256  # that the cache has room for, since every timed step adds one
+STEPS = 64  # a multiple of any routing block
 SCALES = (0.05, 4000.0)  # routing scales that the search tries
 
 Row = dict[str, float | str]
@@ -38,26 +39,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlp-size", type=int, default=5632)
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--density", type=float, default=0.05, help="of every layer; found by bisection")
+    parser.add_argument("--routing-block", type=int, default=1)
+    parser.add_argument("--routing-window", type=int, help="(default: the block)")
     parser.add_argument("--epsilon", type=float, default=0.05, help="of vattention, in place of full attention")
     parser.add_argument("--delta", type=float, default=0.05)
 
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> Row:
-    """Milliseconds a step, all of them graphs: Dash, full attention by our kernel and by each peer, and vattention."""
+    """Milliseconds a step, all of them graphs: Dash, full attention by our kernel and by each peer, and vattention.
+
+    Of Dash the mean over STEPS steps, of which every layer routes in one of `routing_block`.
+    """
     model = _model(args)
     cache = _filled_cache(args, model.config)
     tokens = torch.arange(args.batch, device="cuda")[:, None]
-    _set_density(model, cache, tokens, args.density)
+    _set_density(model, cache, tokens, args.density, args.context)
     row: Row = {"parameters": float(sum(p.numel() for p in model.parameters()))}
 
-    dash = _graph(model, cache, tokens, args.context)
-    row["dash_ms"] = milliseconds(dash.replay, repeats=31)
-    row |= {f"dash {name}": time for name, time in kernel_times(dash.replay, least=0.02).items()}
+    graph = _graph(model, cache, tokens, args.context)
+
+    def steps() -> None:
+        cache.lengths.fill_(args.context)
+        for _ in range(STEPS):
+            graph.replay()
+
+    row["dash_ms"] = milliseconds(steps) / STEPS
+    row |= {f"dash {name}": time / STEPS for name, time in kernel_times(steps, least=0.02 * STEPS).items()}
     row["density"] = _measured(model, cache, tokens, args.context).density or 0.0
 
+    plain_layers = [replace(layer, routing=None) for layer in cache.layers]
     full_cache = replace(
-        cache, decoding=Decoding("full"), layers=[replace(layer, summaries=None) for layer in cache.layers]
+        cache, decoding=Decoding("full"), layers=[replace(layer, summaries=None) for layer in plain_layers]
     )
     row["full_ms"] = milliseconds(_graph(model, full_cache, tokens, args.context).replay)
     row |= _peer_times(model, full_cache, tokens, args.context)
@@ -66,7 +79,7 @@ def run(args: argparse.Namespace) -> Row:
 
     for attention in _attentions(model):
         attention.attention_type = "full"
-    sampled = replace(cache, decoding=Decoding("vattention", args.epsilon, args.delta))
+    sampled = replace(cache, decoding=Decoding("vattention", args.epsilon, args.delta), layers=plain_layers)
     row["vattention_ms"] = milliseconds(_graph(model, sampled, tokens, args.context).replay)
     report = _measured(model, sampled, tokens, args.context)
     row |= {"vattention_density": report.density or 0.0, "vattention_fallbacks": report.fallbacks or 0.0}
@@ -85,7 +98,12 @@ def _model(args: argparse.Namespace) -> LanguageModel:
         head_dim=args.head_dim,
         mlp_size=args.mlp_size,
         vocab_size=args.vocab_size,
-        attention={"type": "dash", "routing_scale": 1.0},
+        attention={
+            "type": "dash",
+            "routing_scale": 1.0,
+            "routing_block": args.routing_block,
+            "routing_window": args.routing_window or args.routing_block,
+        },
     )
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -112,22 +130,34 @@ def _filled_cache(args: argparse.Namespace, config: ModelConfig) -> Cache:
     return cache
 
 
-def _set_density(model: LanguageModel, cache: Cache, tokens: Tensor, density: float) -> None:
-    """Give every layer the routing scale at which its queries after `tokens` route to that share of the chunks."""
-    cache.lengths.fill_(cache.capacity - MORE_TOKENS - 1)
+def _set_density(model: LanguageModel, cache: Cache, tokens: Tensor, density: float, context: int) -> None:
+    """Give every layer the routing scale at which its router after `tokens` chooses that share of the chunks.
+
+    What a routing window holds comes from steps with the same tokens, which are taken layer by layer.
+    """
     cache.measures_routing = False
-    _, positions, _ = next(cache.pieces(tokens, None))
-    rotary = rotary_tables(positions, model.config)
-    hidden = model.model.embed_tokens(tokens)
+    routing_block, window = model.config.routing_block(0), model.config.routing_window(0)
+    begin = context // STEPS * STEPS  # of a routing block
+    places = range(begin - -(-(window - 1) // routing_block) * routing_block, begin + 1)
+    tables = [rotary_tables(torch.tensor([[place]], device="cuda"), model.config) for place in places]
+    hidden = [model.model.embed_tokens(tokens)] * len(places)
     for layer, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        attention = block.self_attn
-        q = attention.queries_keys_values(block.input_layernorm(hidden), rotary)[0][:, 0]
-        attention.routing_scale = _scale_of(density, q, cache, layer, model.config)
-        hidden, _ = block(hidden, rotary, cache=cache)
+        attention, state = block.self_attn, cache.layers[layer].routing
+        inputs = [(block.input_layernorm(x), rotary) for x, rotary in zip(hidden, tables, strict=True)]
+        q = torch.cat([attention.queries_keys_values(*x)[0] for x in inputs], 1)[:, -window:]
+        cache.lengths.fill_(begin + 1)
+        attention.routing_scale = _scale_of(density, q.mean(1), cache, layer, model.config)
+        if state is not None:
+            state.recent_q.copy_(q)  # for the first of the steps; their order does not matter to a mean
+        for i, place in enumerate(places):
+            cache.lengths.fill_(place)
+            next(cache.pieces(tokens, None))
+            hidden[i], _ = block(hidden[i], tables[i], cache=cache)
 
 
 def _scale_of(density: float, q: Tensor, cache: Cache, layer: int, config: ModelConfig) -> float:
+    """The routing scale of a layer for the routers' queries q `[batch, heads, head_dim]`."""
     summaries = cache.layers[layer].summaries
     assert summaries is not None
     chunk_size = config.attention.chunk_size
@@ -153,11 +183,11 @@ def _graph(model: LanguageModel, cache: Cache, tokens: Tensor, context: int) -> 
 
 
 def _measured(model: LanguageModel, cache: Cache, tokens: Tensor, context: int) -> DecodeReport:
-    """What a few steps read."""
+    """What the steps read."""
     cache.measures_routing = True
     cache.totals.zero_()
     cache.lengths.fill_(context)
-    for _ in range(4):
+    for _ in range(STEPS):
         model(tokens, cache=cache)
     report = DecodeReport()
     report.count(cache)

@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 
+WARM_UP = 0.05  # seconds: allocations settle, and so does what the host does for a short kernel
+REPEATED = 0.1
+
 
 def milliseconds(function: Callable[[], object], repeats: int = 11) -> float:
-    """Median over repeated runs, after two that do not count."""
-    function(), function()
+    """Median over repeated runs (of short ones REPEATED seconds), after WARM_UP seconds that do not count."""
+    function()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    runs = 0
+    while not runs or time.perf_counter() - began < WARM_UP:
+        function()
+        torch.cuda.synchronize()
+        runs += 1
+    repeats = max(repeats, int(REPEATED * runs / (time.perf_counter() - began)))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         start.record()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dash_train.benchmark import coverage
-from dash_train.benchmark.captured import QUERIES, capture, captured_problems
+from dash_train.benchmark import captured, coverage
+from dash_train.benchmark.captured import QUERIES, capture, captured_layers, captured_problems
 from dash_train.benchmark.populations import make_problem
+from dash_train.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,26 +42,46 @@ def test_needles_hold_a_fifth_of_the_softmax():
     assert (logits.softmax(-1).amax(-1) - 0.2).abs().max() < 0.08
 
 
-@pytest.mark.parametrize("attention", ["full", "dash"])
-def test_captured_attention_is_the_models_own(tiny_model, tmp_path, attention):
+@pytest.mark.parametrize(
+    ("attention", "routing"),
+    [("full", {}), ("dash", {}), ("mixed", {}), ("dash", {"routing_block": [1, 8], "routing_window": [4, 40]})],
+)
+def test_captured_attention_is_the_models_own(tiny_model, tmp_path, attention, routing):
     """Exact attention over the captured tensors equals what the layer computes for the same tokens."""
-    model = tiny_model(attention)
+    model, path = tiny_model(attention, routing=routing), tmp_path / "captured.safetensors"
     seen = []
     for block in model.model.layers:
-        block.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
-    tokens = torch.randint(64, (640,))
-    capture(model, tokens, tmp_path / "captured.safetensors", contexts=(640,))
-    tensors = load_file(tmp_path / "captured.safetensors")
-    assert len(tensors) == 2 * (6 if attention == "dash" else 4)
-    [(name, problems)] = captured_problems(tmp_path / "captured.safetensors", "cpu", QUERIES)
+        block.self_attn.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    capture(model, torch.randint(64, (2, 640)), path)
+    assert len(load_file(path)) == {"full": 6, "mixed": 7, "dash": 8}[attention]
+
+    for inputs, output in zip(captured_layers(path, "cpu"), seen, strict=True):
+        if inputs.routing:
+            torch.testing.assert_close(inputs.dash_attention().flatten(2), output)
+    [(name, problems)] = captured_problems(path, "cpu", QUERIES)
     assert name == "context 640"
-    for problem, output in zip(problems, seen, strict=True):
+    for problem, output in zip(problems, torch.cat(seen), strict=True):
         _, expected, _ = coverage.exact(problem, "output", arguments())
         torch.testing.assert_close(expected.flatten(1), output[problem.lengths.long() - 1], rtol=1e-4, atol=1e-5)
 
 
+def test_capture_reads_rows_of_a_text(tiny_model, tmp_path, monkeypatch):
+    tokenizer = argparse.Namespace(encode=lambda text: [ord(letter) % 64 for letter in text])
+    trained = argparse.Namespace(model=tiny_model("dash"), tokenizer=tokenizer)
+    monkeypatch.setattr(captured, "load_trained", lambda path: trained)
+    text, out = tmp_path / "text", tmp_path / "captured.safetensors"
+    text.write_text("chunks of text " * 20)
+    parser = argparse.ArgumentParser()
+    captured.add_arguments(parser)
+    options = ["--model", "run", "--text", str(text), "--rows", "3", "--out", str(out), "--seq"]
+    captured.run(parser.parse_args([*options, "96"]))
+    assert [inputs.q.shape for inputs in captured_layers(out, "cpu")] == [(3, 96, 4, 16)] * 2
+    with pytest.raises(UserError, match="holds 300 tokens, expected at least --rows x --seq = 384"):
+        captured.run(parser.parse_args([*options, "128"]))
+
+
 def test_command(tiny_model, tmp_path):
-    capture(tiny_model("dash"), torch.randint(64, (640,)), tmp_path / "captured.safetensors", contexts=(640,))
+    capture(tiny_model("dash"), torch.randint(64, (1, 640)), tmp_path / "captured.safetensors")
     command = [
         sys.executable,
         ROOT / "launch/benchmark.py",
