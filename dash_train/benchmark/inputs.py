@@ -7,6 +7,7 @@ random token id: the more often, the smaller the union factor.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from dash_train.totals import Totals
 UNION = (1.2, 1.4)  # where the search for the number of repeats stops
 FIRST_REPEAT = 41
 SEARCHES = 6
+CALIBRATION_TOKENS = 2**18
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,14 @@ class Rows:
 
 
 def set_density(model: LanguageModel, rows: Rows, density: float, device: torch.device) -> None:
-    """Set every Dash layer's routing scale so that the first micro-batch's density is `density`."""
+    """Set every Dash layer's routing scale so that the first micro-batches' density is `density`.
+
+    Made-up rows are all alike; of text, whose rows differ, up to CALIBRATION_TOKENS are looked at.
+    """
     model.config.attention.initial_density = density
-    calibrate_routing_scale(model, [{"tokens": next(rows.micro_batches())["tokens"].to(device)}])
+    count = max(1, CALIBRATION_TOKENS // (rows.seq * rows.batch)) if rows.text else 1
+    batches = islice(rows.micro_batches(), count)
+    calibrate_routing_scale(model, [{"tokens": batch["tokens"].to(device)} for batch in batches])
 
 
 def union_factor(model: LanguageModel, rows: Rows, device: torch.device) -> float | None:
