@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.dash.decode_routing import within_block
-from dash_train.kernels.dash.summaries import _summary
+from dash_train.kernels.dash.summaries import weighted_summary
 
 QUERIES_IN_FLIGHT = tl.constexpr(8)  # whose loads wait for each other no longer
 
@@ -163,7 +163,7 @@ def _add_summary(
         tl.debug_barrier()  # the key just stored is read again
         chunk = (length // CHUNK - 1).to(tl.int64)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
-        summary = _summary(k_rows + token * token_stride, token < length, w_head, scale, HEAD_DIM, BLOCK_DIM)
+        summary = weighted_summary(k_rows + token * token_stride, token < length, w_head, scale, HEAD_DIM, BLOCK_DIM)
         dim = tl.arange(0, BLOCK_DIM)
         tl.store(summary_rows + chunk * chunk_stride + dim, summary, mask=dim < HEAD_DIM)
 

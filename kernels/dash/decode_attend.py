@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_train.kernels.dash.decode_routing import MATRIX_ROWS
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.stages import ChunkLists, DashConfig
+from dash_train.kernels.dash.tiles import MATRIX_ROWS
 
 PROGRAMS_PER_SM = 3
 PROGRAMS_ON_CPU = 5

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dash_train.kernels.dash.routing import threshold
 from dash_train.kernels.dash.stages import PBAR_MIN, ChunkLists, DashConfig
+from dash_train.kernels.dash.tiles import MATRIX_ROWS
 
-MATRIX_ROWS = 16  # the least rows of a matrix product
 SUMMARIES_PER_PROGRAM = 64
 SCORE_WARPS = 4
 SCORES_PER_WARP = 2048  # of a threshold's program

@@ -95,7 +95,7 @@ def summaries_kernel(
 
     rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64) * k_token_stride
     w_head = w_ptr + head * HEAD_DIM
-    summary = _summary(rows, token < seq, w_head, scale, HEAD_DIM, BLOCK_DIM)
+    summary = weighted_summary(rows, token < seq, w_head, scale, HEAD_DIM, BLOCK_DIM)
     offset = ((batch * tl.num_programs(0) + chunk) * KV_HEADS + head) * HEAD_DIM + dim
     tl.store(summaries_ptr + offset, summary, mask=in_dim)
     high = summary.to(parts_ptr.dtype.element_ty)
@@ -133,13 +133,13 @@ def update_kernel(
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     dim = tl.arange(0, BLOCK_DIM)
     rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token * k_token_stride
-    summary = _summary(rows, token < length, w_ptr + head * HEAD_DIM, scale, HEAD_DIM, BLOCK_DIM)
+    summary = weighted_summary(rows, token < length, w_ptr + head * HEAD_DIM, scale, HEAD_DIM, BLOCK_DIM)
     summaries_ptr += batch * summary_batch_stride + chunk * summary_chunk_stride + head * summary_head_stride
     tl.store(summaries_ptr + dim, summary, mask=dim < HEAD_DIM)
 
 
 @triton.jit
-def _summary(rows, is_key, w_ptr, scale, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def weighted_summary(rows, is_key, w_ptr, scale, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """sum_j softmax_j(w.k_j scale) k_j [BLOCK_DIM] of the keys at `rows` [CHUNK]."""
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
