@@ -9,7 +9,6 @@ from dash_train.kernels.dash.keys_backward import keys_backward_segment
 from dash_train.kernels.dash.restore import Kept, restore_segment
 from dash_train.kernels.dash.routing_backward import new_summary_gradients, routing_backward_segment
 from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.summaries import summarize_chunks
 from dash_train.kernels.dash.summaries_backward import summaries_backward
 from dash_train.kernels.dash.tiles import new_lists, shape_of
 
@@ -35,15 +34,14 @@ def dash_backward(
     shape = shape_of(q, k, config.chunk_size, config.routing_block)
     sequences = shape.batch * shape.kv_heads
     delta = row_deltas(out, dout, lse)
-    summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     routed_q, drouted_q = q, dq
     if router_q is not None:
-        routed_q, drouted_q = router_q, torch.zeros_like(router_q, memory_format=torch.contiguous_format)
+        routed_q, drouted_q = router_q, torch.empty_like(router_q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros(2, sequences, shape.seq, shape.head_dim, device=q.device)
     dsummaries = new_summary_gradients(shape, q.device)
     for segment, lists in new_lists(shape, query_starts, q.device, backward=True):
-        restore_segment(routed_q, parts, config, shape, segment, kept, lists)
+        restore_segment(routed_q, config, shape, segment, kept, lists)
         inverse = invert_lists(shape, segment, lists, kept.lengths)
         keys_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, inverse, dk, dv)
         # The gradients of the log-priors take their place, unless several tiles have a share in each.
@@ -51,6 +49,8 @@ def dash_backward(
         if shape.list_tiles > 1:
             g = torch.empty(*lists.chunks.shape, shape.list_tiles, device=q.device)
         attend_backward_segment(q, k, v, dout, lse, delta, shape, segment, lists, kept.lengths, g, dq)
-        routing_backward_segment(routed_q, parts, config, shape, segment, lists, g, kept, drouted_q, dsummaries)
-    dk_dv_dw = summaries_backward(k, chunk_query, summaries, dk, dv, dsummaries, config.chunk_size)
+        routing_backward_segment(
+            routed_q, config, shape, segment, lists, g, kept, drouted_q, dsummaries, add=router_q is None
+        )
+    dk_dv_dw = summaries_backward(k, chunk_query, kept.summaries, dk, dv, dsummaries, config.chunk_size)
     return dq, *dk_dv_dw, None if router_q is None else drouted_q

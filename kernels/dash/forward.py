@@ -21,12 +21,13 @@ class Forward(NamedTuple):
     lse: Tensor  # [batch, kv_heads, q_len, group] fp32: natural log of stage 2's denominator, log-prior included
     routing: Routing
     prior: Prior
+    summaries: tuple[Tensor, Tensor]  # of summarize_chunks
 
     @property
     def kept(self) -> Kept:
         """What the backward pass needs besides `out` and `lse`."""
         routing = self.routing
-        return Kept(routing.tau, routing.row_max, self.prior.normalizer, routing.lengths, routing.bits)
+        return Kept(routing.tau, routing.row_max, self.prior.normalizer, routing.lengths, routing.bits, *self.summaries)
 
 
 def dash_forward(
@@ -43,7 +44,7 @@ def dash_forward(
     """All stages. q, k and v as the copy engine wants them; router_q None: q."""
     shape = shape_of(q, k, config.chunk_size, config.routing_block)
     routed_q = q if router_q is None else router_q
-    _, parts = summarize_chunks(k, chunk_query, config.chunk_size)
+    summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)
     routing = new_routing(shape, len(query_starts), q.device)
     prior = new_prior(shape, q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -52,4 +53,4 @@ def dash_forward(
         route_segment(routed_q, parts, document_starts, config, shape, segment, lists, routing)
         list_segment(config, shape, segment, lists, routing, prior)
         attend_segment(q, k, v, shape, segment, lists, routing, out, lse)
-    return Forward(out, lse, routing, prior)
+    return Forward(out, lse, routing, prior, (summaries, parts))

@@ -38,9 +38,10 @@ def dash_attention_triton(
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
-    out, _, tau, row_max, normalizer, lengths, _, active_chunks, residual = forward_operator(
+    out, _, *kept, active_chunks, residual = forward_operator(
         q, k, v, chunk_query, router_q, document_starts, query_starts, *astuple(config)
     )
+    tau, row_max, normalizer, lengths = kept[:4]
     if not return_stats:
         return out, None
     shape = shape_of(q, k, config.chunk_size, config.routing_block)
@@ -77,8 +78,8 @@ def forward_operator(
     prior_normalizer: str,
     prior_temperature: float,
     routing_block: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dash_forward: out, lse, the five of Kept, active_chunks, residual. `out` has a gradient."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dash_forward: out, lse, the seven of Kept, active_chunks, residual. `out` has a gradient."""
     q, k, v = (_for_the_copy_engine(t) for t in (q, k, v))
     router_q = None if router_q is None else router_q.contiguous()
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
@@ -103,6 +104,8 @@ def backward_operator(
     normalizer: Tensor,
     lengths: Tensor,
     bits: Tensor,
+    summaries: Tensor,
+    parts: Tensor,
     query_starts: Sequence[int],
     chunk_size: int,
     routing_scale: float,
@@ -122,7 +125,7 @@ def backward_operator(
         router_q,
         out,
         lse,
-        Kept(tau, row_max, normalizer, lengths, bits),
+        Kept(tau, row_max, normalizer, lengths, bits, summaries, parts),
         config=DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block),
         query_starts=tuple(query_starts),
     )
@@ -149,6 +152,7 @@ def _(
     per_list = (shape.batch, shape.kv_heads, pieces * shape.lists(shape.q_len // pieces))
     tau, row_max = (q.new_empty(shape.batch, shape.heads, shape.q_blocks, dtype=torch.float32) for _ in range(2))
     normalizer = q.new_empty(shape.batch, shape.kv_heads, shape.q_blocks, dtype=torch.float32)
+    summaries = q.new_empty(shape.batch, shape.chunks, shape.kv_heads, shape.head_dim, dtype=torch.float32)
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(shape.batch, shape.kv_heads, shape.q_len, shape.group, dtype=torch.float32),
@@ -157,6 +161,8 @@ def _(
         normalizer,
         q.new_empty(per_list, dtype=torch.int32),
         q.new_empty(*per_list, shape.words, dtype=torch.int32),
+        summaries,
+        q.new_empty(1 if k.dtype == torch.float32 else 2, *summaries.shape),
         torch.empty_like(normalizer, dtype=torch.int32),
         q.new_empty(per_list, dtype=torch.float32),
     )
@@ -173,7 +179,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, chunk_query, router_q, _, *ctx.options = inputs
     out, lse, *kept_and_statistics = output
-    kept, statistics = kept_and_statistics[:5], kept_and_statistics[5:]
+    kept, statistics = kept_and_statistics[:-2], kept_and_statistics[-2:]
     ctx.save_for_backward(q, k, v, chunk_query, router_q, out, lse, *kept)
     ctx.mark_non_differentiable(lse, *kept, *statistics)
     ctx.set_materialize_grads(False)

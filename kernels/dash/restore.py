@@ -20,33 +20,39 @@ from dash_train.kernels.launch import launch
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of routing, as the forward pass returned it: see Routing and Prior."""
+    """What the backward pass needs of routing, from the forward pass's Routing, Prior and summarize_chunks."""
 
     tau: Tensor
     row_max: Tensor
     normalizer: Tensor
     lengths: Tensor
     bits: Tensor
+    summaries: Tensor
+    parts: Tensor
 
 
 def restore_segment(
-    router_q: Tensor, parts: Tensor, config: DashConfig, shape: Shape, segment: Segment, kept: Kept, lists: Lists
+    router_q: Tensor, config: DashConfig, shape: Shape, segment: Segment, kept: Kept, lists: Lists
 ) -> None:
     """Writes one segment's `lists`, as list_segment left them; their lengths are kept.lengths.
 
-    router_q and parts as in route_segment.
+    router_q as in route_segment.
     """
     temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
     launch(
         restore_kernel,
         (shape.lists(segment.tokens), shape.batch * shape.kv_heads),
         router_q,
-        parts,
+        kept.parts,
         *lists,
-        *kept,
+        kept.tau,
+        kept.row_max,
+        kept.normalizer,
+        kept.lengths,
+        kept.bits,
         *router_q.stride()[:3],
-        parts.stride(0),
-        parts.shape[2],
+        kept.parts.stride(0),
+        shape.chunks,
         shape.q_blocks,
         kept.lengths.shape[2],
         shape.words,
@@ -65,7 +71,7 @@ def restore_segment(
         CHUNK_BLOCKS=shape.chunk_size // shape.routing_block,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=min(64, shape.head_dim & -shape.head_dim),
-        PARTS=parts.shape[0],
+        PARTS=kept.parts.shape[0],
         WIDTH=64,
         WORDS=min(16, power_of_two(shape.words)),
         STAGES=3,

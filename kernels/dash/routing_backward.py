@@ -36,7 +36,6 @@ def new_summary_gradients(shape: Shape, device: torch.device) -> Tensor:
 
 def routing_backward_segment(
     router_q: Tensor,
-    parts: Tensor,
     config: DashConfig,
     shape: Shape,
     segment: Segment,
@@ -45,11 +44,12 @@ def routing_backward_segment(
     kept: Kept,
     drouter_q: Tensor,
     dsummaries: Tensor,
+    add: bool,
 ) -> None:
-    """Adds to a segment's rows of drouter_q, and to the dsummaries of new_summary_gradients.
+    """Writes a segment's rows of drouter_q, or adds to them; adds to the dsummaries of new_summary_gradients.
 
-    router_q and parts as route_segment takes them, drouter_q like router_q and contiguous, g as attend_backward_segment
-    left it. Afterwards lists.prior holds f_c, and not in the order of the list but at place c, where the summaries'
+    router_q as route_segment takes it, drouter_q like router_q and contiguous, g as attend_backward_segment left it.
+    Afterwards lists.prior holds f_c, and not in the order of the list but at place c, where the summaries'
     gradient finds it without searching.
     """
     sequences, blocks = shape.batch * shape.kv_heads, shape.blocks(segment.tokens)
@@ -63,14 +63,14 @@ def routing_backward_segment(
         "LIST_BLOCKS": shape.list_blocks,
         "HEAD_DIM": shape.head_dim,
         "BLOCK_DIM": shape.block_dim,
-        "PARTS": parts.shape[0],
+        "PARTS": kept.parts.shape[0],
         "PRECISION": product_precision(shape),
     }
     launch(
         routing_queries_kernel,
         (shape.lists(segment.tokens), sequences),
         router_q,
-        parts,
+        kept.parts,
         *lists,
         g,
         kept.tau,
@@ -79,8 +79,8 @@ def routing_backward_segment(
         kappa,
         drouter_q,
         *router_q.stride()[:3],
-        parts.stride(0),
-        parts.shape[2],
+        kept.parts.stride(0),
+        shape.chunks,
         shape.q_blocks,
         kept.lengths.shape[2],
         first_row,
@@ -92,6 +92,7 @@ def routing_backward_segment(
         PBAR_GRADIENT_MIN,
         PADDED_GROUP=shape.rows_of_block(shape.list_blocks),
         TILES=g.shape[-1] if g is not lists.prior else 1,
+        ADD=add,
         WIDTH=LIST_WIDTH,
         **common,
     )
@@ -99,7 +100,7 @@ def routing_backward_segment(
         routing_summaries_kernel,
         (-(-segment.chunks // WIDTH), dsummaries.shape[0], sequences),
         router_q,
-        parts,
+        kept.parts,
         lists.prior,
         kept.tau,
         kept.row_max,
@@ -107,8 +108,8 @@ def routing_backward_segment(
         kappa,
         dsummaries,
         *router_q.stride()[:3],
-        parts.stride(0),
-        parts.shape[2],
+        kept.parts.stride(0),
+        shape.chunks,
         shape.q_blocks,
         kept.lengths.shape[2],
         shape.words,
@@ -168,6 +169,7 @@ def routing_queries_kernel(
     PRECISION: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     TILES: tl.constexpr,
+    ADD: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One program a list, the longest histories first: one pass for f and kappa, one for dq that also moves f."""
@@ -178,7 +180,7 @@ def routing_queries_kernel(
     batch = sequence // KV_HEADS
     kv_head = sequence % KV_HEADS
     length = tl.load(lengths_ptr + sequence * row_lists + first_list + own_list)
-    if length == 0:
+    if ADD and length == 0:
         return
     block, head, is_real = tile_rows(own_list, blocks, kv_head, GROUP, PADDED_GROUP, LIST_BLOCKS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -238,8 +240,10 @@ def routing_queries_kernel(
         tl.store(f_ptr + chunk[None, :] * LIST_BLOCKS, f, mask=in_list[None, :])
     rows = ((batch * q_blocks + first_row + block) * HEADS + head) * HEAD_DIM
     dq_rows = dq_ptr + rows[:, None] + dim[None, :]
-    before = tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dq_rows, (before + dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+    dq *= scale
+    if ADD:
+        dq += tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq_rows, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
