@@ -30,8 +30,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """Chunks listed by three tiles or more go to slots; the interpreter takes its time for every program."""
-    monkeypatch.setattr("dash_train.kernels.dash.keys_backward.SLOTS", 16)
-    monkeypatch.setattr("dash_train.kernels.dash.keys_backward.MIN_PIECE", 2)
+    monkeypatch.setattr("dash_train.kernels.dash.pieces.SLOTS", 16)
+    monkeypatch.setattr("dash_train.kernels.dash.pieces.MIN_PIECE", 2)
     monkeypatch.setattr("dash_train.kernels.dash.routing_backward.PROGRAMS", 8)
 
 
