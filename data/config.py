@@ -11,23 +11,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
+PathText = Annotated[str, Field(min_length=1)]  # an empty one would mean the working folder
+
+
 class SourceConfig(Section):
-    type: Literal["stdlib", "text", "jsonl", "parquet", "huggingface"] = "stdlib"
+    type: Literal["stdlib", "text", "jsonl", "csv", "parquet", "huggingface"] = "stdlib"
     """`stdlib` (the running Python's standard library source), local files, or a Hugging Face dataset."""
-    path: str | None = None
-    """A file, a folder or a glob (`text`: one document per file; `jsonl`, `parquet`: one per row), or a dataset."""
+    path: PathText | None = None
+    """A file, a folder or a glob (`text`: one document per file; `jsonl`, `csv`, `parquet`: one per row), or a dataset:
+    its name, or a folder that `save_to_disk` wrote."""
     name: str | None = None
     """Configuration of a Hugging Face dataset."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     field: str = "text"
-    """Column that holds the text (`jsonl`, `parquet`, `huggingface`)."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Column that holds the text (`jsonl`, `csv`, `parquet`, `huggingface`); `data.text` is a field of a field."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Passes over this source in one epoch: 0.5 reads a fresh half of its documents, 2 reads each twice."""
 
 
 class TokenizerConfig(Section):
-    path: str | None = None
+    path: PathText | None = None
     """A sentencepiece `.model` file or a Hugging Face folder; null trains a sentencepiece BPE on the sources."""
     vocab_size: Annotated[int, Field(ge=300)] = 8192
     """Vocabulary of a tokenizer that is trained here."""
@@ -40,7 +44,7 @@ class DataConfig(Section):
     """Where the text comes from."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text becomes tokens."""
-    cache: str = ".cache/data"
+    cache: PathText = ".cache/data"
     """Folder for the trained tokenizer and the token shards, keyed by what they were made from."""
     validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """Share of the documents held out for validation."""

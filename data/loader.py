@@ -50,9 +50,31 @@ class RowDataset:
         self.weights = list(weights or [1.0] * len(self.shards.meta.sources))
         if len(self.weights) != len(self.shards.meta.sources):
             raise DataError(f"weights: {len(self.weights)} given for {len(self.shards.meta.sources)} sources")
+        self._check_weights()
         self.seed = seed
         self._packings: dict[int, Packing] = {}
         self._epoch_starts = [0]
+
+    def summary(self) -> list[str]:
+        """Return a line for each source: what it holds, and what the first epoch reads of it."""
+        documents = np.bincount(self.shards.sources, minlength=len(self.weights))
+        tokens = np.bincount(self.shards.sources, self.shards.lengths, minlength=len(self.weights))
+        packing = self.packing(0)
+        read = np.bincount(self.shards.sources[packing.document], packing.length, minlength=len(self.weights))
+        return [
+            f"{name}: {documents[i]:,} documents, {tokens[i]:,.0f} tokens; weight {self.weights[i]:g}: {read[i]:,.0f} "
+            f"tokens of the first epoch, {read[i] / read.sum():.1%}"
+            for i, name in enumerate(self.shards.meta.sources)
+        ]
+
+    def _check_weights(self) -> None:
+        counts = np.bincount(self.shards.sources, minlength=len(self.weights)).tolist()
+        if not any(round(weight * count) for weight, count in zip(self.weights, counts, strict=True)):
+            source = int(np.argmax(np.array(self.weights) * counts))
+            raise DataError(
+                f"data.sources.{source}.weight: {self.weights[source]:g} of {counts[source]} documents is none in an "
+                f"epoch; expected at least {1 / counts[source]:.2g}, which is one"
+            )
 
     def rows(self, epoch: int) -> int:
         """Return the number of rows of an epoch."""

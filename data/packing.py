@@ -76,7 +76,7 @@ def _documents_of_epoch(sources: Ints, weights: Sequence[float], seed: int, epoc
         for read in range(first // max(count, 1), -(-last // max(count, 1))):
             order = permutation(count, seed, source, read)
             chosen.append(members[order[max(first - read * count, 0) : last - read * count]])
-    documents = np.concatenate(chosen)
+    documents = np.concatenate([np.empty(0, dtype=np.int64), *chosen])  # a small weight gives none in some epochs
     return documents[permutation(len(documents), seed, epoch, len(weights))]
 
 

@@ -11,16 +11,19 @@ import uuid
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from dash_train.data.config import DataConfig
 from dash_train.data.errors import DataError
-from dash_train.data.shards import FORMAT_VERSION, ShardWriter
-from dash_train.data.sources import describe, read_documents, source_files
+from dash_train.data.integrity import check_contents, remember, write_contents
+from dash_train.data.shards import FORMAT_VERSION, ShardWriter, read_meta
+from dash_train.data.sources import describe, passed_over, read_documents, source_files
 from dash_train.data.split import SplitDocument, split_documents
-from dash_train.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dash_train.data.tokenizer import Tokenizer, load_tokenizer, lost_by, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
+REVISION = 2  # rises when the same sources and settings come out otherwise
 BATCH_CHARACTERS = 4_000_000  # text that is tokenized at a time
 LOG_SECONDS = 10.0
 
@@ -32,15 +35,21 @@ def prepare(config: DataConfig) -> Path:
     and times of local files), the tokenizer, the split and the shard format. It appears all at once or not at all;
     when two processes make the same one, the first to finish wins and the other's work is dropped.
     """
-    folder = Path(config.cache).expanduser() / cache_key(config)
-    if folder.exists():
-        return folder
+    cache = Path(config.cache).expanduser()
+    folder = cache / cache_key(config)
+    earlier = cache / cache_key(config, revision=1)
+    for made in (folder, earlier):
+        if made.exists() and (made is folder or _still_right(config, made)):
+            check_contents(made)
+            return made
     unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         unfinished.mkdir(parents=True)
         _write(config, unfinished)
+        write_contents(unfinished)
         if not folder.exists():
             unfinished.rename(folder)
+            remember(folder)
     except OSError as error:
         if not folder.exists():  # else another process renamed its folder in between
             fix = "free space, or set data.cache to another disk" if error.errno == errno.ENOSPC else "check the path"
@@ -50,9 +59,21 @@ def prepare(config: DataConfig) -> Path:
     return folder
 
 
-def cache_key(config: DataConfig) -> str:
+def _still_right(config: DataConfig, earlier: Path) -> bool:
+    """Whether a folder of revision 1 is what this one would make.
+
+    It left long lines out of a tokenizer's training, cut texts where a tokenizer.json says so, named compressed files
+    bad documents, and could leave copies of the only held-out document in the training part.
+    """
+    if config.tokenizer.path is None or config.on_bad_document != "error":
+        return False
+    meta = read_meta(earlier / "validation")
+    return meta.documents > 1 and meta.tokenizer_hash == load_tokenizer(config.tokenizer.path).hash
+
+
+def cache_key(config: DataConfig, revision: int = REVISION) -> str:
     """Return the name of the folder that holds a configuration's prepared data."""
-    made_from = {
+    made_from: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "sources": [source.model_dump(exclude={"weight"}) for source in config.sources],
         "files": [_stamps(source_files(source)) for source in config.sources],
@@ -62,6 +83,8 @@ def cache_key(config: DataConfig) -> str:
         "on_bad_document": config.on_bad_document,
         "shard_tokens": config.shard_tokens,
     }
+    if revision > 1:
+        made_from["revision"] = revision
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
 
 
@@ -94,6 +117,9 @@ class _BadDocuments:
 def _write(config: DataConfig, folder: Path) -> None:
     """Make the tokenizer and tokenize both splits into `folder`."""
     bad = _BadDocuments(config.on_bad_document)
+    for source in config.sources:
+        if message := passed_over(source):
+            logger.warning("%s", message)
     tokenizer = _tokenizer(config, folder / "tokenizer", bad)
     sources = [describe(source) for source in config.sources]
     writers = {
@@ -148,6 +174,13 @@ def _tokenizer(config: DataConfig, folder: Path, bad: _BadDocuments) -> Tokenize
         texts = (document.text for document in _documents(config, bad) if document.split == "train")
         return train_tokenizer(texts, config.tokenizer, folder / "tokenizer.model")
     tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer.check_exportable()
+    if lost := lost_by(tokenizer):
+        logger.warning(
+            "%s: the tokenizer changes text, the model never sees these as they are: %s",
+            config.tokenizer.path,
+            ", ".join(lost),
+        )
     tokenizer.save(folder)
     return tokenizer
 

@@ -5,10 +5,11 @@ import json
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dash_train.data.errors import DataError
 from dash_train.data.tokenizer import Tokenizer
@@ -33,16 +34,28 @@ class ShardsMeta:
     """What `meta.json` holds. `tokens` counts BOS and EOS; `text_bytes` is the UTF-8 size of the text."""
 
     format_version: int
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     vocab_size: int
-    pad_id: int
+    pad_id: Annotated[int, Field(ge=0)]
     tokenizer_hash: str
-    sources: list[str]
+    sources: Annotated[list[str], Field(min_length=1)]
     documents: int
     tokens: int
     text_bytes: int
     index: ShardFile
-    shards: list[ShardFile]
+    shards: Annotated[list[ShardFile], Field(min_length=1)]
+
+    def consistent(self) -> bool:
+        """Whether its numbers and names agree with each other."""
+        width = np.dtype(self.dtype).itemsize
+        return (
+            self.index.name == INDEX
+            and self.index.bytes == 16 * self.documents
+            and [shard.name for shard in self.shards] == [_shard_name(i) for i in range(len(self.shards))]
+            and all(shard.bytes == width * shard.tokens for shard in self.shards)
+            and sum(shard.tokens for shard in self.shards) == self.tokens
+            and self.pad_id < self.vocab_size
+        )
 
 
 class ShardWriter:
@@ -54,7 +67,7 @@ class ShardWriter:
         self.tokenizer = tokenizer
         self.sources = sources
         self.shard_tokens = shard_tokens
-        self.dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        self.dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         self.documents = self.tokens = self.text_bytes = 0
         self._index = array("q")  # tokens and source of every document, in turn
         self._shards: list[ShardFile] = []
@@ -96,7 +109,7 @@ class ShardWriter:
         return meta
 
     def _open_shard(self) -> None:
-        self._shard = (self.folder / f"tokens-{len(self._shards):05d}.bin").open("wb")
+        self._shard = (self.folder / _shard_name(len(self._shards))).open("wb")
         self._hash = hashlib.sha256()
         self._shard_tokens = 0
 
@@ -112,9 +125,9 @@ class TokenShards:
 
     def __init__(self, folder: Path) -> None:
         """Open a folder that `ShardWriter` wrote; a missing or truncated file is a `DataError` that names it."""
-        self.meta = _read_meta(folder)
+        self.meta = read_meta(folder)
         for file in [self.meta.index, *self.meta.shards]:
-            _check_size(folder / file.name, file.bytes)
+            check_size(folder / file.name, file.bytes, folder.parent)
         index = np.fromfile(folder / INDEX, dtype=np.int64).reshape(-1, 2)
         self.lengths: npt.NDArray[np.int64] = index[:, 0]
         self.sources: npt.NDArray[np.int64] = index[:, 1]
@@ -138,28 +151,39 @@ class TokenShards:
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _read_meta(folder: Path) -> ShardsMeta:
+def _shard_name(number: int) -> str:
+    return f"tokens-{number:05d}.bin"
+
+
+def read_meta(folder: Path) -> ShardsMeta:
+    """Read the `meta.json` of a split; one that is missing, broken or of another version is a `DataError`."""
     path = folder / META
+    again = f"delete {folder.parent} and prepare again"
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: not found; the folder is not a prepared data set (launch/prepare.py makes one)"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); delete {folder.parent} and prepare again") from error
-    if values["format_version"] != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {values['format_version']}, this program reads {FORMAT_VERSION}; "
-            f"delete {folder.parent} and prepare again"
-        )
-    values["index"] = ShardFile(**values["index"])
-    values["shards"] = [ShardFile(**shard) for shard in values["shards"]]
-    return ShardsMeta(**values)
+        raise DataError(f"{path}: not readable as JSON ({error}); {again}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format version {version}, this program reads {FORMAT_VERSION}; {again}")
+    try:
+        meta = TypeAdapter(ShardsMeta).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {place}: {first['msg']}; {again}") from error
+    if not meta.consistent():
+        raise DataError(f"{path}: its counts, sizes and names contradict each other; {again}")
+    return meta
 
 
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.exists() else None
+def check_size(path: Path, expected: int, folder: Path) -> None:
+    """Raise a `DataError` where a file of a prepared folder is missing or of another size."""
+    found = path.stat().st_size if path.is_file() else None
     if found != expected:
         state = "is missing" if found is None else f"holds {found} bytes"
-        raise DataError(f"{path}: {state}, expected {expected} bytes; delete {path.parent.parent} and prepare again")
+        raise DataError(f"{path}: {state}, expected {expected} bytes; delete {folder} and prepare again")

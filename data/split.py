@@ -19,11 +19,11 @@ def split_documents(
     """Yield (text, source) pairs with their split, in order.
 
     A document's split follows from its own text and the seed, so adding others does not move it, and copies of one
-    text stay together. Where that holds out nothing, as in a corpus of a few documents, the one with the lowest hash is
-    held out; where it holds out everything, only that one is. A lone document gives its last part.
+    text stay together. Where that holds out nothing, as in a corpus of a few documents, the text with the lowest hash
+    is held out; where it holds out everything, only that one is. A lone text gives its last part, once.
     """
     waiting: list[tuple[float, str, int]] = []  # until both splits have a document
-    lowest, highest = 1.0, 0.0
+    lowest, highest = 1.0, 0.0  # hashes: equal ones are copies of one text
     for text, source in documents:
         waiting.append((_uniform(text, seed), text, source))
         lowest, highest = min(lowest, waiting[-1][0]), max(highest, waiting[-1][0])
@@ -31,15 +31,15 @@ def split_documents(
             for number, text, source in waiting:
                 yield SplitDocument(text, source, "validation" if number < validation_fraction else "train")
             waiting.clear()
-    if len(waiting) == 1:
+    if waiting and lowest == highest:
         _, text, source = waiting[0]
-        end = round(len(text) * (1 - validation_fraction))
-        yield SplitDocument(text[:end], source, "train")
+        end = min(round(len(text) * (1 - validation_fraction)), len(text) - 1)
+        for _, _, copy_source in waiting:
+            yield SplitDocument(text[:end], copy_source, "train")
         yield SplitDocument(text[end:], source, "validation")
     else:
-        held_out = min(waiting, default=None)
-        for document in waiting:
-            yield SplitDocument(document[1], document[2], "validation" if document is held_out else "train")
+        for number, text, source in waiting:
+            yield SplitDocument(text, source, "validation" if number == lowest else "train")
 
 
 def _uniform(text: str, seed: int) -> float:

@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import logging
 import random
+import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +17,14 @@ import numpy.typing as npt
 from dash_train.data.config import TokenizerConfig
 from dash_train.data.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 BOS, EOS, PAD, UNK = "<|bos|>", "<|eos|>", "<|pad|>", "<unk>"
 SPACE = "\u2581"  # how sentencepiece writes a space inside its pieces
 SPACE_STAND_IN = "\ufdd0"  # a Unicode noncharacter that stands for a real U+2581 in text
+LONGEST_LINE = 4192  # bytes: sentencepiece's trainer leaves longer lines out
+LEFT_OUT = re.compile("[\n\u2585]")  # ... and lines with U+2585, which it keeps for itself; "\n" ends a line
+PIECE = re.compile(rf".{{1,{LONGEST_LINE // 4}}}(?:(?<! )(?= )|\Z)|.{{1,{LONGEST_LINE // 4}}}", re.DOTALL)
 
 
 class Tokenizer(Protocol):
@@ -46,6 +53,10 @@ class Tokenizer(Protocol):
         """Return the text of the ids; special tokens add nothing, broken UTF-8 becomes U+FFFD."""
         ...
 
+    def check_exportable(self) -> None:
+        """Raise a `DataError` where `save_huggingface` cannot: known before a model is trained."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs."""
         ...
@@ -64,10 +75,12 @@ class SentencePieceTokenizer:
         self.model = model
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self.processor.vocab_size()
-        self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
+        if self.eos_id < 0:
+            raise DataError("the sentencepiece model has no end-of-text token, which ends a document; give it one")
+        self.bos_id: int = _first_given(self.processor.bos_id(), self.eos_id)
         # Llama 2's model has no pad token: its documents are padded with eos, which no loss counts.
-        self.pad_id: int = self.processor.pad_id() if self.processor.pad_id() >= 0 else self.eos_id
+        self.pad_id: int = _first_given(self.processor.pad_id(), self.eos_id)
         self.hash = hashlib.sha256(model).hexdigest()
         self.token_bytes = np.array([self._bytes_of(token) for token in range(self.vocab_size)], dtype=np.int32)
 
@@ -87,6 +100,11 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
 
+    def check_exportable(self) -> None:
+        from dash_train.data.tokenizer_export import check_type
+
+        check_type(self.model)
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -103,10 +121,18 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.backend = self.tokenizer.backend_tokenizer
-        self.backend.encode_special_tokens = True  # text that spells a special token is text
-        self.vocab_size: int = len(self.tokenizer)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.backend = self.tokenizer.backend_tokenizer
+        except Exception as error:  # of many kinds: broken JSON, missing files, code of its own
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(
+                f"{folder}: transformers cannot load this tokenizer; expected the files that save_pretrained writes "
+                f"({reason})"
+            ) from error
+        _whole_texts(self.backend, folder)
+        # Ids may have gaps: the vocabulary reaches to the largest, and so does the embedding.
+        self.vocab_size: int = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.eos_id: int = self.tokenizer.eos_token_id
         if self.eos_id is None:
             raise DataError(f"{folder}: the tokenizer has no eos_token, which ends a document; add it to its config")
@@ -147,6 +173,9 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def check_exportable(self) -> None:
+        pass
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -162,10 +191,48 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     model = path / "tokenizer.model" if path.is_dir() else path
     if not model.is_file():
         raise DataError(f"{path}: no tokenizer here; expected a sentencepiece .model file or a Hugging Face folder")
+    proto = model.read_bytes()
     try:
-        return SentencePieceTokenizer(model.read_bytes())
+        if proto:  # sentencepiece takes nothing at all for a model, until it is used
+            return SentencePieceTokenizer(proto)
+    except DataError as error:
+        raise DataError(f"{model}: {error}") from None
     except RuntimeError as error:
         raise DataError(f"{model}: not a sentencepiece model") from error
+    raise DataError(f"{model}: not a sentencepiece model but an empty file")
+
+
+def _whole_texts(backend: Any, folder: Path) -> None:
+    """Turn off what a `tokenizer.json` may carry: documents would be cut, padded or left to chance."""
+    saved = {"truncation": backend.truncation, "padding": backend.padding, "dropout": _dropout(backend)}
+    if found := [name for name, value in saved.items() if value]:
+        logger.warning("%s: tokenizer.json asks for %s; left out, texts are read whole", folder, " and ".join(found))
+    backend.no_truncation()
+    backend.no_padding()
+    if saved["dropout"]:
+        backend.model.dropout = None
+    backend.encode_special_tokens = True  # text that spells a special token is text
+
+
+def _dropout(backend: Any) -> float | None:
+    return getattr(backend.model, "dropout", None)
+
+
+LOSSES = {
+    "line ends": "a\nb",
+    "carriage returns": "a\r\nb",
+    "tabs": "a\tb",
+    "runs of spaces": "a\n    b",
+    "capital letters": "aB",
+    "accents": "a\u00e9",
+    "compatibility characters": "a\ufb01\uff21",
+    "rare characters": "a\U0001f702",
+}
+
+
+def lost_by(tokenizer: Tokenizer) -> list[str]:
+    """Name what does not come back as it was when a text is encoded and decoded: normalisation, or no bytes for it."""
+    return [name for name, text in LOSSES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -> Tokenizer:
@@ -180,7 +247,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
     from sentencepiece import sentencepiece_model_pb2
 
     sentencepiece.set_min_log_level(2)
-    lines = _sample((line for text in texts for line in text.split("\n") if line), config.training_sentences)
+    lines = _sample(_training_lines(texts), config.training_sentences)
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         to_piece, to_text = Path(folder, "normalize.tsv"), Path(folder, "denormalize.tsv")
@@ -207,19 +274,40 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, path: Path) -
             "eos_piece": EOS,
             "pad_piece": PAD,
         }
-        try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
-        except RuntimeError as error:
-            raise DataError(
-                f"data.tokenizer.vocab_size: {config.vocab_size} tokens cannot be learnt from this text; "
-                f"give more text or a smaller vocabulary ({str(error).split('] ')[-1]})"
-            ) from error
+        # Where a few characters are nearly all of the text, the others count too: else too little is left to learn.
+        for last_try in (False, True):
+            coverage: dict[str, Any] = {"character_coverage": 1.0} if last_try else {}
+            try:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(lines), model_writer=model, **options, **coverage
+                )
+                break
+            except RuntimeError as error:
+                if last_try:
+                    raise DataError(
+                        f"data.tokenizer.vocab_size: {config.vocab_size} tokens cannot be learnt from this text; "
+                        f"give more text or a smaller vocabulary ({str(error).split('] ')[-1]})"
+                    ) from error
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
     for spec in (proto.normalizer_spec, proto.denormalizer_spec):
         spec.ClearField("normalization_rule_tsv")  # the path of a temporary file: it would change the hash
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString())
     return SentencePieceTokenizer(path.read_bytes())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts into lines that sentencepiece learns from, for those that it would leave out it leaves out unsaid.
+
+    What it learns from are words that begin with their spaces, so a cut before a space changes nothing.
+    """
+    for text in texts:
+        for line in LEFT_OUT.split(text):
+            if len(line) <= LONGEST_LINE // 4 or len(line.encode("utf-8")) <= LONGEST_LINE:
+                if line:
+                    yield line
+            else:
+                yield from PIECE.findall(line)
 
 
 def _sample(lines: Iterable[str], size: int) -> list[str]:
@@ -235,4 +323,5 @@ def _sample(lines: Iterable[str], size: int) -> list[str]:
 
 
 def _first_given(token: int | None, otherwise: int) -> int:
-    return otherwise if token is None else token
+    """Return a token id, or the other one where there is none: None in transformers, -1 in sentencepiece."""
+    return otherwise if token is None or token < 0 else token

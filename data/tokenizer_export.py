@@ -3,7 +3,7 @@
 from typing import Any
 
 from dash_train.data.errors import DataError
-from dash_train.data.tokenizer import SPACE, SPACE_STAND_IN
+from dash_train.data.tokenizer import SPACE, SPACE_STAND_IN, SentencePieceTokenizer
 
 
 def to_huggingface(model: bytes) -> Any:
@@ -13,17 +13,14 @@ def to_huggingface(model: bytes) -> Any:
     gives exactly `Tokenizer.encode`. One difference: Hugging Face reads text that spells a special token, such as
     `<|bos|>`, as that token, unless it is loaded with `split_special_tokens=True`.
     """
-    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise DataError("data.tokenizer.path: only a sentencepiece BPE model can be exported, this is another type")
+    proto = check_type(model)
     pieces = [piece.piece for piece in proto.pieces]
-    unknown, bos, eos = (pieces[getattr(proto.trainer_spec, name)] for name in ("unk_id", "bos_id", "eos_id"))
-    pad = pieces[proto.trainer_spec.pad_id] if proto.trainer_spec.pad_id >= 0 else eos
+    unknown = pieces[proto.trainer_spec.unk_id]
+    trained = SentencePieceTokenizer(model)
+    bos, eos, pad = (pieces[token] for token in (trained.bos_id, trained.eos_id, trained.pad_id))
 
     tokenizer = Tokenizer(
         models.BPE(
@@ -45,6 +42,20 @@ def to_huggingface(model: bytes) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unknown
     )
+
+
+def check_type(model: bytes) -> Any:
+    """Return the parsed model. One that is not a BPE cannot be exported, which is a `DataError`."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type).lower()
+        raise DataError(
+            f"data.tokenizer.path: a sentencepiece {kind} model, with which no trained model could be exported; "
+            "expected a BPE model, or the tokenizer as a Hugging Face folder (tokenizer.json)"
+        )
+    return proto
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:

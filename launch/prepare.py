@@ -14,13 +14,24 @@ from dash_train.recipe import load_recipe
 def main(args: Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     folder = prepare(recipe.data)
-    for split in ("train", "validation"):
-        rows = RowDataset(folder, split, seq=recipe.train.seq, chunk_size=recipe.model.attention.chunk_size)
+    weights = [source.weight for source in recipe.data.sources]
+    for split, passes in (("train", weights), ("validation", [1.0] * len(weights))):
+        rows = RowDataset(
+            folder,
+            split,
+            seq=recipe.train.seq,
+            chunk_size=recipe.model.attention.chunk_size,
+            weights=passes,
+            seed=recipe.data.seed,
+        )
         meta = rows.shards.meta
         print(
             f"{split}: {meta.documents:,} documents, {meta.tokens:,} tokens, {meta.text_bytes / meta.tokens:.2f} bytes "
             f"per token, {rows.rows(0):,} rows of {rows.seq:,} tokens, {rows.fill():.1%} full"
         )
+        if len(weights) > 1:
+            for source in rows.summary():
+                print(f"  {source}")
     print(folder)
 
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import runpy
@@ -10,6 +11,7 @@ import torch
 from tiny_runs import write_recipe
 
 from dash_train.decode_report import DecodeReport
+from dash_train.errors import UserError
 from dash_train.evaluation import loss_by_position, needle
 from dash_train.evaluation.forced import decode_along
 from dash_train.evaluation.subject import Subject, read_documents
@@ -165,6 +167,19 @@ def test_mistakes_are_named(
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, run_dir, "--tasks", task, *args)
     assert message in capsys.readouterr().err
+
+
+def test_text_is_read_as_training_reads_it(trained: Trained, tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / ".hidden" / "old.txt").write_text("old")
+    (folder / "crlf.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
+    (folder / "more.txt.gz").write_bytes(gzip.compress(b"three"))
+    texts = [trained.tokenizer.decode(document) for document in read_documents(trained, folder)]
+    assert sorted(texts) == ["three", "\ufeffone\r\ntwo\r"]
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=rf"--text: {folder}/latin.txt: not UTF-8 text .* at byte 3"):
+        read_documents(trained, folder)
 
 
 def test_an_export_needs_a_text(

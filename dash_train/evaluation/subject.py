@@ -1,15 +1,20 @@
 """What is evaluated: a trained model, a way to decode, and text it has not seen."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dash_train.data import sources
+from dash_train.data.config import SourceConfig
 from dash_train.data.shards import TokenShards
 from dash_train.data.tokenizer import Tokenizer
 from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
 from dash_train.model.cache import Cache, Decoding
 from dash_train.trained import Trained
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,16 @@ def read_documents(trained: Trained, text: Path | None) -> list[list[int]]:
 
 
 def _text_documents(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
+    def reject(message: str) -> None:
+        raise UserError(f"--text: {message}; mend it, or leave it out")
+
     if not path.exists():
         raise UserError(f"--text: {path}: no such file or folder")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    texts = [file.read_text(errors="replace") for file in files]
-    return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
+    source = SourceConfig(type="text", path=str(path))
+    if message := sources.passed_over(source):
+        logger.warning("--text: %s", message)
+    texts = [document.text for document in sources.read_documents(source, reject)]  # as training reads them
+    return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
 
 
 def _validation_documents(run_dir: Path) -> list[list[int]]:

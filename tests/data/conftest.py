@@ -12,6 +12,12 @@ from dash_train.data.tokenizer import Tokenizer, train_tokenizer
 WORDS = [*keyword.kwlist, *(name for name in dir(str) if name.isalpha())]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noted about checked files goes into the test's folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
+
+
 @pytest.fixture(scope="session")
 def stdlib_texts() -> list[str]:
     """Every 60th file of the standard library: about 30 documents, 0.5 MB."""

@@ -175,3 +175,22 @@ def test_settings_that_do_not_fit_are_one_clear_line(dataset: RowDataset, folder
         RowDataset(folder, "train", seq=SEQ, chunk_size=CHUNK, weights=[1.0, 1.0])
     with pytest.raises(DataError, match=r"train.global_batch_size: 8 is not a multiple of micro_batch_size 3 times 1"):
         take(dataset, 1, micro=3)
+
+
+def test_a_weight_without_a_document_is_named_and_epochs_without_rows_are_passed(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"data.sources.0.weight: 0.001 of \d+ documents is none in an epoch; expected"):
+        RowDataset(folder, "train", seq=SEQ, chunk_size=CHUNK, weights=[0.001])
+    documents = RowDataset(folder, "train", seq=SEQ, chunk_size=CHUNK).shards.meta.documents
+    dataset = RowDataset(folder, "train", seq=SEQ, chunk_size=CHUNK, weights=[0.6 / documents])
+    rows = [dataset.rows(epoch) for epoch in range(5)]
+    assert rows[0] and not rows[1] and rows[2]
+    assert dataset.locate(rows[0]) == (2, 0)
+
+
+def test_the_summary_of_sources_counts_weights(folder: Path) -> None:
+    dataset = RowDataset(folder, "train", seq=SEQ, chunk_size=CHUNK, weights=[2.0])
+    meta = dataset.shards.meta
+    (line,) = dataset.summary()
+    holds, reads = line.split("; ")
+    assert holds == f"{meta.sources[0]}: {meta.documents:,} documents, {meta.tokens:,} tokens"
+    assert reads == f"weight 2: {2 * meta.tokens:,} tokens of the first epoch, 100.0%"

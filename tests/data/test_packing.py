@@ -74,3 +74,9 @@ def test_the_permutation_is_frozen(key: tuple[int, ...]) -> None:
     """A numpy release that changes it would change what resumed runs read."""
     frozen = {(0,): [0, 3, 7, 5, 1, 2, 6, 4], (3, 1): [5, 6, 3, 7, 0, 1, 2, 4]}
     assert permutation(8, *key).tolist() == frozen[key]
+
+
+def test_weights_that_give_no_document_in_some_epochs_add_up() -> None:
+    epochs = [pack([10] * 3, weights=[0.2], epoch=epoch) for epoch in range(10)]
+    assert [packing.rows for packing in epochs].count(0) == 4
+    assert sorted(np.concatenate([packing.document for packing in epochs])) == [0, 0, 1, 1, 2, 2]

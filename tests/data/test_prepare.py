@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dash_train.data import integrity
 from dash_train.data import prepare as prepare_module
 from dash_train.data.config import DataConfig
 from dash_train.data.errors import DataError
@@ -180,6 +182,142 @@ def test_broken_metadata_is_refused_by_name(data_config: Configure, tmp_path: Pa
         TokenShards(folder / "train")
     with pytest.raises(DataError, match=r"meta.json: not found; the folder is not a prepared data set"):
         TokenShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "dtype: Input should be 'uint16' or 'uint32'"),
+        ({"dtype": "uint32"}, "its counts, sizes and names contradict each other"),
+        ({"documents": 0}, "its counts, sizes and names contradict each other"),
+        ({"pad_id": 10**6}, "its counts, sizes and names contradict each other"),
+        ({"shards": []}, "shards: List should have at least 1 item"),
+        ({"sources": []}, "sources: List should have at least 1 item"),
+        ({"tokens": "many"}, "tokens: Input should be a valid integer"),
+        ({"format_version": None}, "format version None, this program reads 1"),
+    ],
+)
+def test_metadata_of_another_shape_is_refused_by_name(
+    data_config: Configure, change: dict[str, Any], message: str
+) -> None:
+    folder = prepare(data_config())
+    meta = folder / "train" / "meta.json"
+    values = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**values, **change}))
+    with pytest.raises(DataError, match=f"{meta}: {message}.*; delete {folder} and prepare again"):
+        TokenShards(folder / "train")
+    for text in ("null", "[]", "3"):
+        meta.write_text(text)
+        with pytest.raises(DataError, match=f"{meta}: format version None"):
+            TokenShards(folder / "train")
+    del values["dtype"]
+    meta.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=f"{meta}: dtype: Field required"):
+        TokenShards(folder / "train")
+
+
+PREPARED = ["train/tokens-00000.bin", "train/documents.bin", "validation/tokens-00000.bin", "tokenizer/tokenizer.model"]
+
+
+@pytest.mark.parametrize("name", [*PREPARED, "train/meta.json"])
+def test_a_file_replaced_by_one_of_its_size_is_refused_by_name(data_config: Configure, name: str) -> None:
+    folder = prepare(data_config())
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"^{path}: .*; delete {folder} and prepare again"):
+        prepare(data_config())
+
+
+def test_files_are_hashed_once_and_again_when_they_change(
+    data_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(data_config())
+    hashed: list[str] = []
+    sha256 = integrity._sha256
+    monkeypatch.setattr(integrity, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    prepare(data_config())
+    assert hashed == []  # whoever wrote them knows them
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(folder)
+    (tmp_path / "copy").rename(folder)  # other inodes
+    for _ in range(2):
+        prepare(data_config())
+    assert sorted(hashed) == sorted(
+        [*(Path(name).name for name in PREPARED), "documents.bin", "meta.json", "meta.json"]
+    )
+
+
+def test_a_home_that_cannot_be_written_costs_time_only(data_config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    assert prepare(data_config()) == prepare(data_config())
+
+
+def test_a_corpus_of_the_first_revision_stays_valid_where_nothing_is_wrong_with_it(
+    data_config: Configure, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "given")
+
+    def earlier(**changes: Any) -> tuple[DataConfig, Path]:
+        config = data_config(cache=str(tmp_path / f"cache{len(changes)}{changes}"[:40]), **changes)
+        made = prepare(config)
+        old = made.with_name(prepare_module.cache_key(config, revision=1))
+        made.rename(old)
+        (old / "contents.json").unlink()
+        return config, old
+
+    config, old = earlier(tokenizer={"path": str(tmp_path / "given")})
+    assert prepare(config) == old
+    config, old = earlier()  # a tokenizer trained without the long lines
+    assert prepare(config) != old
+    assert {k: v for k, v in contents(prepare(config)).items() if k != "contents.json"} == contents(old)
+    config, old = earlier(tokenizer={"path": str(tmp_path / "given")}, on_bad_document="skip")
+    assert prepare(config) != old
+
+
+def test_what_is_not_read_is_said_once(data_config: Configure, corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (corpus / ".ipynb_checkpoints").mkdir()
+    (corpus / ".ipynb_checkpoints" / "00.txt").write_text("old")
+    prepare(data_config())
+    assert [message for message in caplog.messages if "not read" in message] == [
+        f"{corpus}: not read: 1 hidden folders"
+    ]
+
+
+def test_a_given_tokenizer_is_refused_or_its_losses_are_said_before_training(
+    data_config: Configure, stdlib_texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import sentencepiece
+
+    for kind in ("bpe", "unigram"):
+        (tmp_path / "text").write_text(stdlib_texts[0])
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "text"), model_prefix=str(tmp_path / kind), model_type=kind, vocab_size=400,
+            byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    prepare(data_config(tokenizer={"path": str(tmp_path / "bpe.model")}))
+    assert f"{tmp_path}/bpe.model: the tokenizer changes text, the model never sees these as they are: line ends, " in (
+        "\n".join(caplog.messages)
+    )
+    with pytest.raises(DataError, match=r"data.tokenizer.path: a sentencepiece unigram model"):
+        prepare(data_config(tokenizer={"path": str(tmp_path / "unigram.model")}))
+
+
+def test_the_command_counts_rows_with_the_weights(corpus: Path, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": f"row {i} of many"}) + "\n" for i in range(30)))
+    weighted = f"data.sources=[{{type: text, path: {corpus}, weight: 3}}, {{type: jsonl, path: {tmp_path}/more.jsonl}}]"
+    command = [sys.executable, root / "launch" / "prepare.py", root / "recipes" / "quickstart.yaml", weighted]
+    overrides = [f"data.cache={tmp_path}/cache", "data.tokenizer.vocab_size=300", "train.seq=256"]
+    chunks = "model.attention.chunk_size=16"
+    done = subprocess.run([*command, *overrides, chunks], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    train, *sources = done.stdout.splitlines()[:3]
+    folder = done.stdout.splitlines()[-1]
+    rows = RowDataset(folder, "train", seq=256, chunk_size=16, weights=[3.0, 1.0]).rows(0)
+    assert f" {rows:,} rows of 256 tokens" in train
+    assert [line.split(":")[0] for line in sources] == [f"  text {corpus}", f"  jsonl {tmp_path}/more.jsonl"]
 
 
 def test_the_command_prints_what_it_prepared(corpus: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_parquet_reads_the_named_column(tmp_path: Path) -> None:
     assert documents == [Document("one", f"{path}:1"), Document("two", f"{path}:3")]
     assert bad == [f"{path}:2: field 'body' holds NoneType, expected a string"]
     path.write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match=r"rows.parquet: the datasets library cannot read this: ") as error:
+    with pytest.raises(DataError, match=r"rows.parquet: cannot be read as parquet ") as error:
         read(type="parquet", path=str(path))
     assert "\n" not in str(error.value)
 
@@ -94,3 +94,80 @@ def test_a_path_without_files_is_one_clear_line(tmp_path: Path, type: str) -> No
         read(type=type, path=str(tmp_path / "missing"))
     with pytest.raises(DataError, match=f"a {type} source needs path"):
         read(type=type)
+
+
+def test_deep_nesting_is_rejected_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "x", "m": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"text": "two"}\n')
+    bad: list[str] = []
+    assert [document.text for document in read(bad, type="jsonl", path=str(path))] == ["one", "two"]
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:2: not a JSON object (maximum recursion depth")
+
+
+def test_a_field_may_be_a_path_of_names(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows: list[Any] = [{"data": {"text": "one"}}, {"data": {"body": "x"}}, {"data": "x"}, {"data.text": "dotted"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    bad: list[str] = []
+    assert [d.text for d in read(bad, type="jsonl", path=str(path), field="data.text")] == ["one", "dotted"]
+    assert [message.split(";")[0] for message in bad] == [
+        f"{path}:{line}: no field 'data.text' among ['data']" for line in (2, 3)
+    ]
+    parquet.write_table(pyarrow.table({"data": [rows[0], None]} | {"n": [1, 2]}), tmp_path / "a.parquet")
+    found = read([], type="parquet", path=str(tmp_path), field="data.data.text")
+    assert [document.text for document in found] == ["one"]
+
+
+def test_parquet_shards_without_rows_or_without_the_column(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a[0].parquet")
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], "n": [1, 2]}), tmp_path / "a[1].parquet")
+    parquet.write_table(pyarrow.table({"body": ["x", "y", "z"]}), tmp_path / "b.parquet")
+    bad: list[str] = []
+    documents = read(bad, type="parquet", path=str(tmp_path))
+    assert [document.text for document in documents] == ["one", "two"]
+    assert bad == [f"{tmp_path}/b.parquet: no field 'text' among ['body'] in its 3 rows; set data.sources.field"]
+
+
+def test_csv_reads_the_named_column_and_rejects_rows_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = "x" * 300_000
+    path.write_bytes(
+        b'\xef\xbb\xbfid,text\n1,"a ""b"", c\nd"\n\n2,' + long.encode() + b"\n3,too,many\n4\n5,caf\xe9\n6,last\n"
+    )
+    bad: list[str] = []
+    documents = read(bad, type="csv", path=str(path))
+    assert [document.text for document in documents] == ['a "b", c\nd', long, "last"]
+    assert documents[0].origin == f"{path}:3"
+    assert [message.removeprefix(f"{path}:") for message in bad] == [
+        "6: more values than the header has names",
+        "7: field 'text' holds NoneType, expected a string",
+        "8: field 'text' holds half of a surrogate pair, or bytes that are not UTF-8",
+    ]
+    path.write_text('text\n"never closed\n')
+    with pytest.raises(DataError, match=r"rows.csv:1: not CSV \(unexpected end of data\); mend the file"):
+        read([], type="csv", path=str(path))
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    plain = Dataset.from_dict({"text": ["one", "two"]})
+    plain.save_to_disk(tmp_path / "plain")
+    DatasetDict(train=plain, test=plain.select([0])).save_to_disk(tmp_path / "splits")
+    assert [d.text for d in read(type="huggingface", path=str(tmp_path / "plain"))] == ["one", "two"]
+    assert [d.text for d in read(type="huggingface", path=str(tmp_path / "splits"), split="test")] == ["one"]
+    assert source_files(SourceConfig(type="huggingface", path=str(tmp_path / "plain")))  # a change is seen
+    with pytest.raises(DataError, match=r"splits: no split 'dev' among \['test', 'train'\]; set data.sources.split"):
+        read(type="huggingface", path=str(tmp_path / "splits"), split="dev")
+
+
+@pytest.mark.parametrize("wrong", [{"path": ""}, {"weight": float("inf")}, {"weight": float("nan")}])
+def test_an_empty_path_and_an_endless_weight_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SourceConfig(type="text", **wrong)

@@ -35,3 +35,20 @@ def test_a_lone_document_gives_its_last_part() -> None:
     first, last = split_documents([("abcdefghij", 0)], 0, 0.2)
     assert (first.text, first.split) == ("abcdefgh", "train")
     assert (last.text, last.split) == ("ij", "validation")
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.49])
+def test_copies_of_one_text_never_stand_on_both_sides(fraction: float) -> None:
+    """Also in corpora so small that a single text is held out, whichever text it is that has copies."""
+    for copied in range(8):
+        texts = TEXTS[:8] + [TEXTS[copied]] * 3
+        sides = [(document.text, document.split) for document in split_documents([(t, 0) for t in texts], 0, fraction)]
+        assert len(sides) == 11
+        assert not {t for t, side in sides if side == "train"} & {t for t, side in sides if side == "validation"}
+
+
+def test_copies_of_a_lone_text_give_its_last_part_once() -> None:
+    documents = list(split_documents([("abcdefghij", source) for source in range(3)], 0, 0.2))
+    assert [document[:2] for document in documents if document.split == "train"] == [("abcdefgh", i) for i in range(3)]
+    assert [document.text for document in documents if document.split == "validation"] == ["ij"]
+    assert [document.text for document in split_documents([("abcd", 0)], 0, 1e-9)] == ["abc", "d"]
