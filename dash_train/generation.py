@@ -1,7 +1,10 @@
 """Generation: prompts in, one token a row and step out; or texts in, texts out."""
 
+import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,42 @@ from dash_train.errors import UserError
 from dash_train.model.cache import PIECE_SIZE, Cache, Decoding
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+def read_prompts_file(path: Path) -> list[str]:
+    r"""The prompts of a UTF-8 file, one a line; in a file named .jsonl a line is a JSON string or {"prompt": ...}.
+
+    Lines end with "\n" or "\r\n" and nothing else; a byte-order mark is no part of the first.
+
+    Raises:
+        UserError: the file is not there, a line is not UTF-8 or holds no prompt, or there is no line.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not lines[-1]:
+        del lines[-1]
+    if not lines:
+        raise UserError(f"{path}: holds no prompt; expected one a line")
+    is_json = path.suffix == ".jsonl"
+    return [_prompt_of(line.removesuffix(b"\r"), is_json, f"{path}:{n}") for n, line in enumerate(lines, 1)]
+
+
+def _prompt_of(line: bytes, is_json: bool, where: str) -> str:
+    try:
+        text = line.decode()
+        found = json.loads(text) if is_json else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    prompt = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(prompt, str):
+        raise UserError(f'{where}: expected a string or {{"prompt": a string}}')
+    return prompt
 
 
 def choose_decoding(
@@ -55,7 +94,8 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
+    vocab_size: int | None = None,
     decoding: Decoding | None = None,
     piece_size: int = PIECE_SIZE,
     use_graph: bool = True,
@@ -65,11 +105,13 @@ def generate(
 
     Args:
         prompts: token ids, at least one a prompt; the lengths may differ.
-        max_new_tokens: steps at most; the generation ends before when every row has given `eos_id`.
+        max_new_tokens: steps at most; the generation ends before when every row has given an `eos_id`.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that together reach this probability.
         seed: a row's samples, of tokens and of keys, depend on it and on the row's index, not on the other rows.
-        eos_id: the token that ends a row (it is yielded).
+        eos_id: the token that ends a row (it is yielded), or several of which any does.
+        vocab_size: tokens of the tokenizer; what the model has above them, as padding of its vocabulary, is never
+            drawn. None draws from all.
         decoding: how steps attend (default: every layer in its own way).
         piece_size: prompts are read in pieces of so many tokens.
         use_graph: False runs every step eagerly on CUDA too, to the same tokens.
@@ -104,22 +146,23 @@ def generate(
     step = DecodeStep(model, cache, use_graph=use_graph)
 
     started = time.perf_counter()
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     finished = [False] * len(prompts)
     count = 0
     logits = read_prompts(model, prompts, cache)
-    tokens = _sample(logits, temperature, top_p, generators)
+    tokens = _sample(logits[:, :vocab_size], temperature, top_p, generators)
     prompts_read = time.perf_counter()
     for remaining in reversed(range(max_new_tokens)):
         ids = tokens.tolist()
         yield [None if done else token for token, done in zip(ids, finished, strict=True)]
         count += finished.count(False)
-        ended = [done or token == eos_id for token, done in zip(ids, finished, strict=True)]
+        ended = [done or token in ends for token, done in zip(ids, finished, strict=True)]
         if all(ended) or not remaining:
             break
         if ended != finished:
             finished = ended
             cache.counted.copy_(torch.tensor([not done for done in finished]))
-        tokens = _sample(step(tokens), temperature, top_p, generators)
+        tokens = _sample(step(tokens)[:, :vocab_size], temperature, top_p, generators)
     if report is not None:
         report.count(cache)
         report.tokens, report.prompt_seconds = count, prompts_read - started
@@ -127,12 +170,31 @@ def generate(
 
 
 def generate_text(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], **options: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    *,
+    eos_ids: Collection[int] = (),
+    trained_seq: int | None = None,
+    **options: Any,
 ) -> Iterator[tuple[int, str]]:
-    """Continue texts; yields (row, new text) as it comes, never half a character. Options are those of `generate`."""
+    """Continue texts; yields (row, new text) as it comes, never half a character.
+
+    Args:
+        eos_ids: tokens that end a row beside the tokenizer's own.
+        trained_seq: tokens of the longest context that the model was trained on; what goes beyond is warned of.
+        options: those of `generate`.
+    """
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    longest = max(map(len, rows), default=0) + options["max_new_tokens"]
+    if trained_seq is not None and longest > trained_seq:
+        logger.warning(
+            f"warning: the longest prompt and its continuation may take {longest} tokens, the model was trained on "
+            f"contexts of {trained_seq}: what it writes beyond them may make no sense"
+        )
     streams = [TextStream(tokenizer, row) for row in rows]
-    for tokens in generate(model, rows, eos_id=tokenizer.eos_id, **options):
+    ends = {tokenizer.eos_id, *eos_ids}
+    for tokens in generate(model, rows, eos_id=ends, vocab_size=tokenizer.vocab_size, **options):
         for row, token in enumerate(tokens):
             if token is not None and (text := streams[row].add(token)):
                 yield row, text

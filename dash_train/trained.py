@@ -25,6 +25,8 @@ class Trained:
     """Tokens of the longest context that it was trained on."""
     run_dir: Path | None
     """The folder of the run, None for an export."""
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end a text, beside the tokenizer's own."""
 
     @property
     def device(self) -> torch.device:
@@ -41,20 +43,20 @@ def load_trained(path: str | Path) -> Trained:
     Raises:
         UserError: it is none of these.
     """
-    from dash_train.conversion import assemble  # transformers' formats, which take a while to import
+    from dash_train.conversion import assemble, eos_ids  # transformers' formats, which take a while to import
 
     path = Path(path)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     source = open_source(path, named_by="")
     if source.tokenizer == path:
-        seq, run_dir = _exported_seq(path), None
+        seq, run_dir, ends = _exported_seq(path), None, frozenset(eos_ids(path))
     else:
         seq = checkpoint.load_state(checkpoint.find(path)).recipe["train"]["seq"]
-        run_dir = source.tokenizer.parent
+        run_dir, ends = source.tokenizer.parent, frozenset()
     with redirect_stdout(sys.stderr):  # DeepSpeed tells there how it gathers shards
         weights = source.load()
     model = assemble(source.config, weights, dtype, device, path)
-    return Trained(model, load_tokenizer(source.tokenizer), seq, run_dir)
+    return Trained(model, load_tokenizer(source.tokenizer), seq, run_dir, ends)
 
 
 def _exported_seq(folder: Path) -> int:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -8,7 +9,7 @@ import torch
 from dash_train.decode_report import DecodeReport
 from dash_train.decode_step import DecodeStep
 from dash_train.errors import UserError
-from dash_train.generation import TextStream, choose_decoding, generate, read_prompts
+from dash_train.generation import TextStream, choose_decoding, generate, generate_text, read_prompts, read_prompts_file
 from dash_train.kernels.full import list_all_chunks
 from dash_train.model.cache import Cache, Decoding
 from dash_train.model.transformer import LanguageModel
@@ -212,6 +213,22 @@ def test_rows_end_at_eos(tiny_model: Build) -> None:
     assert ended == greedy[: end + 1] + [None] * (len(ended) - end - 1)
 
 
+def test_any_of_several_eos_ids_ends_a_row(tiny_model: Build) -> None:
+    model = tiny_model()
+    greedy = [step[0] for step in generate(model, [[1, 2, 3]], max_new_tokens=20)]
+    end = min(greedy.index(greedy[4]), greedy.index(greedy[7]))
+    ended = [step[0] for step in generate(model, [[1, 2, 3]], max_new_tokens=20, eos_id=[greedy[7], greedy[4]])]
+    assert ended == greedy[: end + 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_padding_of_the_vocabulary_is_never_drawn(temperature: float, tiny_model: Build) -> None:
+    """A hot sample over 64 rows, of which the tokenizer knows 8."""
+    options: dict = {"max_new_tokens": 40, "temperature": temperature, "vocab_size": 8}
+    drawn = rows(generate(tiny_model(), [[1, 2, 3], [4]], **options))
+    assert max(map(max, drawn)) < 8
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])
 def test_numbers_out_of_range_are_refused(wrong: dict, tiny_model: Build) -> None:
     with pytest.raises(UserError, match=f"found .*{next(iter(wrong))}"):
@@ -239,8 +256,40 @@ def test_an_empty_prompt_is_refused(tiny_model: Build) -> None:
         list(generate(tiny_model(), [[1], []], max_new_tokens=1))
 
 
+def test_a_prompts_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\fb\n\u2028c\x85 \r\n\nlast\rone".encode())
+    assert read_prompts_file(path) == ["a\fb", "\u2028c\x85 ", "", "last\rone"]
+
+
+def test_prompts_are_read_from_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "two\\nlines"}\n"plain"\n')
+    assert read_prompts_file(path) == ["two\nlines", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"fine\ncaf\xe9\n", r"p.txt:2: not UTF-8 \(byte 4 of the line\)"),
+        ("p.txt", b"", "holds no prompt"),
+        ("p.jsonl", b'"a"\n{"text": "b"}\n', "p.jsonl:2: expected a string or"),
+        ("p.jsonl", b"a\n", "p.jsonl:1: not JSON"),
+    ],
+)
+def test_files_without_prompts_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts_file(tmp_path / name)
+
+
 class Bytes:
     """A tokenizer whose tokens are UTF-8 bytes, and which drops a space in front."""
+
+    bos_id, eos_id, vocab_size = 1, 2, 64
+
+    def encode(self, text: str) -> list[int]:
+        return [3] * len(text)
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace").removeprefix(" ")
@@ -253,3 +302,12 @@ def test_streamed_text_is_whole_characters() -> None:
     assert "".join(pieces) == text
     assert stream.add("\u00fc".encode()[0]) == ""
     assert stream.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize(("trained_seq", "warned"), [(8, True), (20, False), (None, False)])
+def test_what_goes_beyond_the_trained_context_is_warned_of(
+    trained_seq: int | None, warned: bool, tiny_model: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict = {"max_new_tokens": 2, "trained_seq": trained_seq}
+    list(generate_text(tiny_model(), Bytes(), ["seven p"], **options))  # type: ignore[arg-type]
+    assert ("may take 10 tokens, the model was trained on contexts of 8" in caplog.text) == warned

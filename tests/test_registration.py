@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from exported import export_folder
 
+from dash_train.conversion import MODELING_CODE
 from dash_train.model.transformer import LanguageModel
 
 
@@ -28,3 +29,14 @@ def test_transformers_finds_dash_models(
     export_folder(tiny_model("dash"), tmp_path)
     code = f"{imports}; print(type(AutoModelForCausalLM.from_pretrained('out', trust_remote_code={trust})).__name__)"
     assert run_python(code, tmp_path) == "DashForCausalLM\n"
+
+
+def test_what_transformers_saves_finds_its_code(tiny_model: Callable[..., LanguageModel], tmp_path: Path) -> None:
+    """Loaded by the folder's own code, saved, and loaded elsewhere: as a Trainer's checkpoint is, or a merge."""
+    export_folder(tiny_model("dash"), tmp_path)
+    load = "from transformers import AutoModel, AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('{}', "
+    run_python(load.format("out") + "trust_remote_code=True).save_pretrained('again')", tmp_path)
+    again = load.format("again") + "trust_remote_code=True)"
+    headless = "; print(type(AutoModel.from_pretrained('again', trust_remote_code=True)).__name__)"
+    assert run_python(again + headless, tmp_path) == "DashModel\n"
+    assert (tmp_path / "again/modeling_dash_train.py").read_text() == MODELING_CODE

@@ -1,0 +1,26 @@
+"""The rows of a run from where it stands: a resume with another batch size repeats none and skips none."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from dash_train.data.loader import Row, RowDataset
+
+
+@dataclass(frozen=True)
+class _RowsFrom:
+    dataset: RowDataset
+    first: int
+
+    def row(self, index: int) -> Row:
+        return self.dataset.row(self.first + index)
+
+    def row_id(self, index: int) -> int:
+        return self.dataset.row_id(self.first + index)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return self.dataset.locate(self.first + index)
+
+
+def rows_from(dataset: RowDataset, first: int) -> RowDataset:
+    """`dataset` as `step_batches` reads it, its row `first` at index 0."""
+    return cast(RowDataset, _RowsFrom(dataset, first))
