@@ -102,7 +102,8 @@ def _find_scale(block: Block, rows: Sequence[_Rows]) -> float:
         query_starts: tuple[int, ...],
         real: Tensor,
     ) -> None:
-        router_q, real, query_starts = sample_blocks(router_q, real, query_starts, sampled, **sizes)
+        seq = k.shape[1]
+        router_q, real, query_starts = sample_blocks(router_q, real, query_starts, sampled, seq=seq, **sizes)
         seen.append((router_q, k, document_starts, real))
         common.update(chunk_query=chunk_query.clone(), query_starts=query_starts)
 

@@ -146,18 +146,20 @@ def sample_blocks(
     query_starts: tuple[int, ...],
     blocks: int,
     *,
+    seq: int,
     chunk_size: int = 64,
     routing_block: int = 1,
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """(router_q, real, query_starts) of about `blocks` blocks a row: short runs, evenly over every piece.
+    """(router_q, real, query_starts) of some `blocks` blocks a row of `seq` tokens: short runs, evenly over all pieces.
 
     Arguments as in routing_density, of pieces of whole chunks. A run begins with a chunk, as pieces must, and a long
-    one is whole chunks. Everything where there is no more.
+    one is whole chunks. Everything where there is no more. However a row is divided into pieces, together they are
+    asked for the same blocks.
     """
     pieces, piece = len(query_starts), real.shape[1] // len(query_starts)
     chunks = piece // chunk_size
-    runs = max(1, min(RUNS // pieces, chunks))
-    run = max(1, blocks // (runs * pieces)) * routing_block
+    runs = max(1, min(RUNS * piece // seq, chunks))
+    run = max(1, blocks * piece // (seq * runs)) * routing_block
     run -= run % chunk_size if run > chunk_size else 0
     if run * runs >= piece:
         return router_q, real, query_starts

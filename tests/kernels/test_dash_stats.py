@@ -149,7 +149,7 @@ def test_a_sample_stands_for_many_blocks(monkeypatch, query_starts, block):
     router_q = router_queries(q, None, query_starts, block)
     whole = {**layout, "query_starts": query_starts, "real": real}
     exact = find_routing_scale(router_q, k, w, 0.5, **whole)
-    looked_at, marks, starts = sample_blocks(router_q, real, query_starts, 128 // block, **layout)
+    looked_at, marks, starts = sample_blocks(router_q, real, query_starts, 128 // block, seq=512, **layout)
     assert looked_at.shape[1] == 128 // block and marks.shape[1] == 128
     assert len(starts) == 4 and not any(start % CHUNK for start in starts)
     for number, start in enumerate(starts):
@@ -159,8 +159,24 @@ def test_a_sample_stands_for_many_blocks(monkeypatch, query_starts, block):
     assert sampled != exact
     assert routing_density(router_q, k, w, routing_scale=sampled, **whole) == pytest.approx(0.5, abs=0.04)
 
-    everything = sample_blocks(router_q, real, query_starts, 512 // block, **layout)
+    everything = sample_blocks(router_q, real, query_starts, 512 // block, seq=512, **layout)
     assert everything[0] is router_q and everything[2] == query_starts
+
+
+@pytest.mark.parametrize("blocks", [8, 64, 200])
+def test_ranks_that_share_a_row_sample_what_one_does(blocks):
+    q, real = torch.randn(1, 4096, 2, 8), torch.ones(1, 4096, dtype=torch.bool)
+
+    def sampled(*query_starts: int) -> set[int]:
+        rows = slice(0, 1024 * len(query_starts))
+        *_, marks, starts = sample_blocks(q[:, rows], real[:, rows], query_starts, blocks, seq=4096, chunk_size=CHUNK)
+        run = marks.shape[1] // len(starts)
+        return {start + token for start in starts for token in range(run)}
+
+    *_, marks, starts = sample_blocks(q, real, (0,), blocks, seq=4096, chunk_size=CHUNK)
+    run = marks.shape[1] // len(starts)
+    whole = {start + token for start in starts for token in range(run)}
+    assert sampled(0, 3072) | sampled(1024, 2048) == whole
 
 
 def test_unreachable_density_gives_a_scale_near_the_floor():
