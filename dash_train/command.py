@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from dash_train.data.errors import DataError
 from dash_train.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RankError, UserError
+from dash_train.place import find_place
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,11 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
     """Parse the command line and run `main`; a user's mistake becomes one line on stderr and exit code 2, a lost
     rank one line and exit code 3."""
     args = parser.parse_args()
-    rank = int(os.environ.get("RANK", 0))
+    try:
+        rank, ranks, _ = find_place()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
     console = logging.StreamHandler()
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)  # a run keeps every rank's log in files
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
@@ -48,10 +53,15 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
         logger.error("[rank %d] error: %s", rank, _one_line(error))
         sys.stdout.flush()
         os._exit(EXIT_RANK_LOST)  # a clean exit would wait for the lost rank
-    except Exception:
+    except Exception as error:
+        from dash_train.parallel import from_a_collective  # torch, which takes a while to import
+
+        if ranks > 1 and from_a_collective(error) and not args.debug:
+            logger.error("[rank %d] error: another rank has ended (%s)", rank, _one_line(error).split(". ")[0])
+            os._exit(EXIT_RANK_LOST)
         logger.exception("[rank %d] failed", rank)
         sys.exit(1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if ranks > 1:
         _leave_together()
 
 

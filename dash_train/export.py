@@ -1,16 +1,21 @@
 """A run's checkpoint as a Hugging Face folder with a model card."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from dash_train import checkpoint
 from dash_train.checkpoint import TrainState
-from dash_train.conversion import check_new, export
+from dash_train.conversion import check_new, export, without_padding
 from dash_train.data.tokenizer import load_tokenizer
-from dash_train.initial import DTYPES
-from dash_train.metrics import read_metrics
+from dash_train.errors import UserError
+from dash_train.initial import DTYPES, tokenizer_of
+from dash_train.metrics import FILE, read_metrics
 from dash_train.model.config import ModelConfig
 
 
@@ -22,20 +27,36 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
     Raises:
         UserError: there is no such checkpoint, or `out` already holds something.
     """
-    check_new(Path(out))  # before the weights are gathered, which takes a while
+    out = Path(out).absolute()
+    check_new(out)  # before the weights are gathered, which takes a while
     found = checkpoint.find(run, step)
-    run_dir = found.parent.parent
+    run_dir = found.absolute().parent.parent
     state, config = checkpoint.load_state(found), checkpoint.load_model_config(found)
-    export(
-        checkpoint.load_weights(found),
-        config,
-        load_tokenizer(run_dir / "tokenizer"),
-        out,
-        max_seq=state.recipe["train"]["seq"],
-        dtype=DTYPES[state.recipe["train"]["precision"]],
-        card=model_card(Path(out).name, config, state, read_metrics(run_dir)),
-    )
+    tokenizer = load_tokenizer(tokenizer_of(found))
+    metrics = read_metrics(run_dir) if (run_dir / FILE).is_file() else ([], [])
+    weights, config = without_padding(checkpoint.load_weights(found), config, tokenizer.vocab_size)
+    with _nothing_half_written(out):
+        export(
+            weights,
+            config,
+            tokenizer,
+            out,
+            max_seq=state.recipe["train"]["seq"],
+            dtype=DTYPES[state.recipe["train"]["precision"]],
+            card=model_card(out.name, config, state, metrics),
+        )
     return found
+
+
+@contextmanager
+def _nothing_half_written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(out.with_name(f".tmp-{out.name}"), ignore_errors=True)
+        free = shutil.disk_usage(next(folder for folder in out.parents if folder.is_dir())).free / 1e9
+        reason = " ".join(str(error).split())
+        raise UserError(f"{out}: could not be written ({reason}); {free:.2f} GB are free there") from error
 
 
 def model_card(
@@ -46,7 +67,7 @@ def model_card(
     for lines in metrics:
         last |= next((line for line in reversed(lines) if line["step"] <= state.step), {})
     shown = ("loss", "validation_loss", "validation_bits_per_byte")
-    results = "\n".join(f"| {key} | {last[key]:.4f} |" for key in shown if key in last)
+    results = "\n".join(f"| {key} | {last[key]:.4f} |" for key in shown if isinstance(last.get(key), float))
     dash = any(config.attention_type(layer) == "dash" for layer in range(config.layers))
     attention = "DashAttention (arXiv 2605.18753)" if dash else "full causal attention"
     requirement = "It needs the dash-train package: pass `trust_remote_code=True`, or import dash_train first.\n\n"

@@ -40,16 +40,29 @@ def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
     path = Path(path)
     if (path / "checkpoints").is_dir() or (path / checkpoint.MANIFEST).is_file():
         found = checkpoint.find(path)
-        run_dir = found.parent.parent
-        return Source(
-            checkpoint.load_model_config(found), run_dir / "tokenizer", lambda: checkpoint.load_weights(found)
-        )
+        return Source(checkpoint.load_model_config(found), tokenizer_of(found), lambda: checkpoint.load_weights(found))
     if (path / "config.json").is_file():
         from dash_train.conversion import read_folder
 
         config, load = read_folder(path)
         return Source(config, path, load)
     raise UserError(f"{named_by}{path}: expected a run folder, a checkpoint or an exported folder, found none of them")
+
+
+def tokenizer_of(found: Path) -> Path:
+    """The folder of the tokenizer that belongs to a checkpoint: its run's, or one beside its files.
+
+    Raises:
+        UserError: there is none.
+    """
+    places = (found.absolute().parent.parent / "tokenizer", found / "tokenizer")
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{found}: no tokenizer in {places[0]} or {places[1]}; a checkpoint that was taken out of its run needs a copy "
+        "of the run's tokenizer folder beside its files"
+    )
 
 
 def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Recipe:
@@ -68,8 +81,12 @@ def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Rec
     if values["vocab_size"] is None:
         values["vocab_size"] = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if values["vocab_size"] < vocab_size:
+        sizes = f"({values['vocab_size']}) is smaller than the tokenizer's ({vocab_size})"
+        if source is None or "vocab_size" in own:
+            raise UserError(f"model.vocab_size {sizes}; leave it out")
         raise UserError(
-            f"model.vocab_size ({values['vocab_size']}) is smaller than the tokenizer's ({vocab_size}); leave it out"
+            f"init.from: {recipe.init.from_}: vocab_size {sizes}; take the added tokens out of the tokenizer, or give "
+            f"the model rows for them (transformers: resize_token_embeddings({vocab_size}), then save_pretrained)"
         )
     try:
         return Recipe.model_validate({**recipe.model_dump(by_alias=True), "model": values})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+KINDS = {"loss", "validation_loss"}
 
 
 class MetricsFile:
@@ -38,14 +39,16 @@ def _finite(value: Any) -> Any:
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training lines and the validation lines of a run, ordered by step, the last line of each step.
 
-    A torn line (the process died while writing it) is left out.
+    A torn line (the process died while writing it) or a damaged one is left out.
     """
     training: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
-    for line in (run_dir / FILE).read_text().splitlines():
+    for line in (run_dir / FILE).read_bytes().splitlines():
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(values, dict) or type(values.get("step")) is not int or not KINDS & values.keys():
             continue
         (validation if "validation_loss" in values else training)[values["step"]] = values
     return [training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)]

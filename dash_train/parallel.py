@@ -4,19 +4,26 @@ import atexit
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dash_train.data.errors import DataError
 from dash_train.errors import UserError
 from dash_train.model.context import WHOLE_ROWS, Context
+from dash_train.place import set_place
 from dash_train.recipe import ParallelConfig
+
+T = TypeVar("T")
 
 # Long enough for rank 0 to tokenize a large corpus while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
+# How long the ranks wait for the last of them to start.
+START_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ def init_world() -> World:
     """Join the process group. Without a launcher the process is a world of its own.
 
     NCCL on CUDA, gloo elsewhere.
+
+    Raises:
+        UserError: the launcher's variables are wrong, or the ranks do not find each other.
     """
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    set_place()
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -55,9 +62,28 @@ def init_world() -> World:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        _meet("nccl" if cuda else "gloo")
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _meet(backend: str) -> None:
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{place}: the {os.environ['WORLD_SIZE']} ranks did not meet there ({reason}); start all of them, on a "
+            "port that is free (deepspeed --master_port, torchrun --master-port)"
+        ) from error
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join_context(world: World, parallel: ParallelConfig) -> Context:
@@ -107,6 +133,27 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_main(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, on every rank; a mistake that it meets is raised on every rank."""
+    if world.size == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = make()
+        except (UserError, DataError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, device=world.device)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def from_a_collective(error: BaseException) -> bool:
+    """Has another rank gone? Gloo raises plain RuntimeErrors that name its source file."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def barrier() -> None:

@@ -4,17 +4,25 @@
 """
 
 import difflib
+import os
+import re
+import reprlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dash_train.data.config import DataConfig
 from dash_train.errors import UserError
 from dash_train.model.config import ActivationCheckpointing, ModelConfig, PositiveFloat, PositiveInt, Section
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+MOST_BYTES, MOST_KEYS = 1 << 20, 10_000  # a recipe has a few hundred; more is another file, or aliases that multiply
+LARGEST_FLOAT, LARGEST_INT = 1e30, 2**63 - 1  # what float32 and 64 bits hold with room to compute
 
 
 class InitConfig(Section):
@@ -22,11 +30,16 @@ class InitConfig(Section):
     """Weights to start from: a run folder, one of its checkpoints, or an exported (Hugging Face) folder; null draws
     random weights. The optimizer and the schedule always start fresh."""
 
+    @field_validator("from_")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        return None if value is None else _expand(value)
+
 
 class OptimizerConfig(Section):
     lr: PositiveFloat = 3e-4
     """Peak learning rate of AdamW."""
-    betas: tuple[Ratio, Ratio] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moments."""
     eps: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
@@ -134,6 +147,11 @@ class TrackingConfig(Section):
     """Steps of which the main rank writes a torch trace and, on CUDA, a memory snapshot into the run folder's
     `profile`; null records nothing. Recorded steps are slower."""
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_no_truth_value(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a plain off
+
 
 class Recipe(Section):
     run_dir: str
@@ -159,6 +177,11 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Added to the generated DeepSpeed configuration; keys are checked, and those the recipe sets are refused."""
+
+    @field_validator("run_dir")
+    @classmethod
+    def _expanded(cls, value: str) -> str:
+        return _expand(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -216,22 +239,20 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such recipe; recipes/ holds examples")
-    text = path.read_text()
-    try:
-        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    values, lines = _parse(_read(path), str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `section: ...` keys, found {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(_describe(error, path, lines)) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: values that are nested too deeply") from error
+    _check_numbers(recipe.model_dump(by_alias=True), path, lines)
+    return recipe
 
 
 def merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -259,24 +280,89 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.steps=100")
     node: Any = values
-    parts: list[Any] = [int(part) if part.isdigit() else part for part in key.split(".")]
+    parts: list[Any] = [int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split(".")]
+    shown = reprlib.repr(override)
     try:
-        for part in parts[:-1]:
+        value, _ = _parse(text, f"override {shown}")
+    except UserError as error:
+        quoted = f"; text with such signs needs quotes of its own: {key}=\"'{text}'\"" if len(text) < 80 else ""
+        raise UserError(f"{error}{quoted}") from error
+    try:
+        for part, following in pairwise(parts):
             if isinstance(node, dict) and node.get(part) is None:
-                node[part] = {}
+                node[part] = [] if isinstance(following, int) else {}
+            elif isinstance(node, list) and part == len(node):
+                node.append({})
             node = node[part]
-        node[parts[-1]] = yaml.safe_load(text)
+        if isinstance(node, list) and parts[-1] == len(node):
+            node.append(None)
+        node[parts[-1]] = value
     except (TypeError, IndexError, KeyError) as error:
-        raise UserError(f"override {override!r}: {key} names nothing in this recipe") from error
+        raise UserError(f"override {shown}: {key[:80]} names nothing in this recipe") from error
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: more than {MOST_BYTES >> 20} MiB; is this a recipe?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _parse(text: str, origin: str) -> tuple[Any, dict[tuple[Any, ...], int]]:
+    """The values of a YAML text, and the line of every key."""
+    try:
+        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader), origin)
+        return yaml.safe_load(text), lines
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark and not origin.startswith("override") else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{origin}{where}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{origin}: not a recipe: its values nest too deeply, or hold themselves") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # a date, number or truth value that is none
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
 
 
-def _key_lines(node: Any, path: Path, prefix: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+def _expand(path: str) -> str:
+    """A path with `~` and `$VARIABLES` replaced, as a shell would."""
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"expected a path, found {path!r}")
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if left := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ValueError(f"{path}: the variable {left[0]} is not set")
+    return expanded
+
+
+def _check_numbers(values: Any, path: Path, lines: dict[tuple[Any, ...], int], prefix: tuple[Any, ...] = ()) -> None:
+    """Refuse what no run can compute with: infinities, and numbers that overflow on the way."""
+    if isinstance(values, list | tuple):
+        values = dict(enumerate(values))
+    for key, value in values.items() if isinstance(values, dict) else ():
+        name = (*prefix, key)
+        _check_numbers(value, path, lines, name)
+        too_large = isinstance(value, float) and not abs(value) <= LARGEST_FLOAT
+        if too_large or (isinstance(value, int) and abs(value) > LARGEST_INT):
+            where = f"{path}:{lines[name]}" if name in lines else str(path)
+            most = f"{LARGEST_FLOAT:g}" if isinstance(value, float) else "64 bits"
+            raise UserError(f"{where}: {_dotted(name)}: expected a finite number of at most {most}, found {value}")
+
+
+def _key_lines(node: Any, path: str, prefix: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
     """The line of every key, for messages; a key that stands twice is refused, since YAML would drop the first."""
     lines: dict[tuple[Any, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise UserError(f"{path}:{line}: a key must be plain text; was a {{{{ template }}}} left in?")
             name = (*prefix, key.value)
             line = key.start_mark.line + 1
             if name in lines:
@@ -285,7 +371,10 @@ def _key_lines(node: Any, path: Path, prefix: tuple[Any, ...] = ()) -> dict[tupl
             lines |= _key_lines(value, path, name)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
+            lines[(*prefix, index)] = value.start_mark.line + 1
             lines |= _key_lines(value, path, (*prefix, index))
+    if len(lines) > MOST_KEYS:
+        raise UserError(f"{path}: more than {MOST_KEYS} values; is this a recipe, or do its aliases multiply?")
     return lines
 
 
@@ -306,7 +395,7 @@ def _describe(error: ValidationError, path: Path, lines: dict[tuple[Any, ...], i
         message = str(errors[0]["ctx"]["error"])
     else:
         expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input ") for e in same_key))
-        message = f"{expected}, found {errors[0]['input']!r}"
+        message = f"{expected}, found {reprlib.repr(errors[0]['input'])}"
     return f"{where}: {key}{message}" + (f" (and {others} more)" if others else "")
 
 

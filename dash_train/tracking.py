@@ -18,6 +18,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 
+from dash_train.errors import UserError
 from dash_train.metrics import MetricsFile
 from dash_train.parallel import World
 from dash_train.recipe import Recipe
@@ -47,7 +48,7 @@ class Tracker:
         if self.live is not None:
             self.live.update(Group(line, ProgressBar(total=self.steps, completed=values["step"])))
         else:
-            print(line, flush=True)
+            self.say(line)
 
     def log_validation(self, values: dict[str, Any]) -> None:
         """Write a validation line and show it."""
@@ -58,8 +59,15 @@ class Tracker:
         )
 
     def say(self, text: str) -> None:
-        """Show a line (above the progress bar, where there is one)."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Show a line (above the progress bar, where there is one). A reader who has gone, as the `tee` of a pipeline
+        that Ctrl-C has ended, keeps no run from saving."""
+        try:
+            if self.live is not None:
+                self.console.print(text, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def close(self) -> None:
         if self.live is not None:
@@ -154,6 +162,28 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """See that Weights & Biases can be reached as the recipe wants it, before anything is made for the run.
+
+    Raises:
+        UserError: `online` without a key.
+    """
+    if recipe.tracking.wandb != "online":
+        return
+    import wandb
+
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return
+        reason = ""
+    except (wandb.errors.Error, ValueError) as error:
+        reason = f" ({' '.join(str(error).split())})"
+    raise UserError(
+        f"tracking.wandb: online needs a key of Weights & Biases, found none{reason}: run `wandb login`, set "
+        "WANDB_API_KEY, or take offline or auto"
+    )
 
 
 def _start_wandb(recipe: Recipe, run_dir: Path) -> Any:

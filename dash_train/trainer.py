@@ -27,17 +27,19 @@ from dash_train.garbage import frozen_heap
 from dash_train.initial import Source, build_model, open_source, resolve_model
 from dash_train.memory import naming_the_lever
 from dash_train.model.calibration import calibrate_routing_scale, set_routing_scales
-from dash_train.parallel import barrier, init_world, join_context, max_over_ranks, sum_over_ranks
+from dash_train.parallel import from_main, init_world, join_context, max_over_ranks, sum_over_ranks
 from dash_train.plot import plot_run
 from dash_train.profiler import StepProfiler
 from dash_train.recipe import Recipe
 from dash_train.resume import check_resumable
 from dash_train.router_gradients import RouterGradients
+from dash_train.rows import rows_from
+from dash_train.run_folder import claim, nothing_left_of_a_refusal, release
 from dash_train.schedule import lr_factor
 from dash_train.signals import StopFlag
 from dash_train.throughput import Throughput
 from dash_train.totals import Totals
-from dash_train.tracking import Tracker, log_to_file, write_environment
+from dash_train.tracking import Tracker, check_wandb, log_to_file, write_environment
 from dash_train.watchdog import Watchdog
 
 CALIBRATION_BATCH = 16384  # tokens that `routing_scale: auto` looks at together
@@ -58,19 +60,27 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.run_dir = Path(recipe.run_dir)
+        self.stop = StopFlag()
         self.world = init_world()
         self.device = self.world.device
-        self.stop = StopFlag()
         check_agreement(recipe)
-        log = log_to_file(self.run_dir, self.world)
-        self.watchdog = Watchdog(self.world, recipe.parallel.timeout_seconds, log)
         self.context = join_context(self.world, recipe.parallel)
         self.readers = self.world.size // self.context.size  # data-parallel ranks
         self._check_batch()
+        from_main(self.world, lambda: check_wandb(recipe))
+        with nothing_left_of_a_refusal(self.run_dir, self.world):
+            self._set_up()
 
-        resumed = checkpoint.newest(self.run_dir / "checkpoints")
-        source = open_source(recipe.init.from_) if recipe.init.from_ else None
-        data_folder = self._prepare_data(source)
+    def _set_up(self) -> None:
+        """Data, model, engine, and the state of the newest checkpoint where there is one."""
+        recipe = self.recipe
+        claim(self.run_dir, self.world)
+        log = log_to_file(self.run_dir, self.world)
+        self.watchdog = Watchdog(self.world, recipe.parallel.timeout_seconds, log)
+        resumed = checkpoint.newest(self.run_dir / "checkpoints", self.world)
+        # A run that goes on has the weights, shape and tokenizer of its base in its own folder.
+        source = open_source(resumed or recipe.init.from_) if recipe.init.from_ else None
+        data_folder = self._prepare_data(source, resumed)
         self.tokenizer = load_tokenizer(data_folder / "tokenizer")
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
         self.recipe = recipe = resolve_model(recipe, source, self.tokenizer.vocab_size)
@@ -85,7 +95,9 @@ class Trainer:
             self.engine = build_engine(model, recipe, self.deepspeed_config)
         self.throughput = Throughput(self.model_config, recipe, self.device, self.world.size)
 
-        self.step = self.tokens = self.skipped_steps = self.nonfinite_in_a_row = 0
+        self.step = self.tokens = self.rows = self.skipped_steps = self.nonfinite_in_a_row = 0
+        self.saved_step = 0
+        """Of the checkpoint that a resume would start from."""
         if resumed:
             self._resume(resumed)
         elif self.model_config.attention.routing_scale == "auto":
@@ -102,14 +114,15 @@ class Trainer:
         profile = self.recipe.tracking.profile if self.world.is_main else None
         profiler = StepProfiler(profile, self.run_dir, self.device)
         batches = step_batches(
-            self.training_rows,
+            rows_from(self.training_rows, self.rows),
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             rank=self.world.rank // self.context.size,
             world=self.readers,
-            start_step=self.step,
         )
+        self.stop.training = True
         with (
+            closing(self.stop),
             closing(batches),
             closing(profiler),
             closing(tracker) if tracker else nullcontext(),
@@ -129,13 +142,16 @@ class Trainer:
                 if self._due(train.validate_every) or self.step == train.steps:
                     self.validate(tracker)
                 stopping = self._stop_agreed()
-                if self._due(every) or self.step == train.steps or stopping:
+                # A step that was skipped is not saved; the next good one is.
+                due = self.step // every > self.saved_step // every
+                if due or self.step == train.steps or stopping:
                     self.save(tracker)
                 if stopping:
                     logger.info("stopped by %s after step %d; run the same command to resume", stopping, self.step)
                     break
         if self.world.is_main:
             logger.info("figure: %s", plot_run(self.run_dir))
+        release(self.run_dir)
 
     def train_step(self, batches: Iterator[StepBatch]) -> dict[str, Any]:
         """One optimizer step. The gradient is that of the mean loss over all counted tokens of the global batch."""
@@ -162,6 +178,7 @@ class Trainer:
         totals.reduce()
 
         self.step += 1
+        self.rows += self.recipe.train.global_batch_size
         counted = int(step_tokens.item())  # waits for the device: the step is done
         self.watchdog.arm()
         self.tokens += counted
@@ -213,7 +230,11 @@ class Trainer:
             )
 
     def save(self, tracker: Tracker | None) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step; not within a streak of skipped ones, whose weights may be those that fail,
+        and which would push the good ones out."""
+        if self.nonfinite_in_a_row:
+            logger.warning("step %d: not saved, since its gradient was not finite; %s", self.step, self._way_back())
+            return
         self.watchdog.enter(self.step, "checkpoint")
         state = TrainState(
             step=self.step,
@@ -222,11 +243,13 @@ class Trainer:
             fingerprint=self.training_rows.fingerprint(),
             world=self.world.size,
             recipe=self.recipe.model_dump(mode="json", by_alias=True),
+            rows=self.rows,
         )
         folder = self.run_dir / "checkpoints"
         saved = checkpoint.save(
             self.engine, self.world, folder, state, self.model_config, self.recipe.checkpoint.keep_last
         )
+        self.saved_step = self.step
         if tracker:
             tracker.say(f"step {self.step}: saved {saved}")
 
@@ -239,14 +262,14 @@ class Trainer:
                 f"({train.micro_batch_size}) times the number of ranks ({self.world.size}){shared}"
             )
 
-    def _prepare_data(self, source: Source | None) -> Path:
+    def _prepare_data(self, source: Source | None, resumed: Path | None) -> Path:
         """Tokenize on the main rank, once; the others wait. Fine-tuning keeps the tokenizer of its weights."""
         data = self.recipe.data
         if data.tokenizer.path is None and source is not None:
-            data.tokenizer.path = str(source.tokenizer)
-        if self.world.is_main:
-            prepare(data)
-        barrier()
+            # The same path as before, where it still exists, is the same text, tokenized already.
+            before = checkpoint.load_state(resumed).recipe["data"]["tokenizer"]["path"] if resumed else None
+            data.tokenizer.path = before if before and Path(before).exists() else str(source.tokenizer)
+        from_main(self.world, lambda: prepare(data))
         return prepare(data)
 
     def _rows(self, data_folder: Path, split: str) -> RowDataset:
@@ -267,8 +290,9 @@ class Trainer:
         if self.model_config.attention.routing_scale == "auto":
             self.model_config.attention.routing_scale = saved_model.attention.routing_scale
             set_routing_scales(self.engine.module, self.model_config)
-        checkpoint.load_engine(self.engine, self.world, found)
-        self.step, self.tokens, self.skipped_steps = state.step, state.tokens, state.skipped_steps
+        checkpoint.load_engine(self.engine, found)
+        self.step = self.saved_step = state.step
+        self.tokens, self.rows, self.skipped_steps = state.tokens, state.rows, state.skipped_steps
         logger.info("resuming from %s", found)
 
     def _calibrate(self) -> None:
@@ -297,8 +321,13 @@ class Trainer:
         if self.nonfinite_in_a_row >= self.recipe.train.max_nonfinite_steps:
             raise UserError(
                 f"step {self.step}: {self.nonfinite_in_a_row} steps in a row had a non-finite gradient; lower "
-                "optimizer.lr or lengthen schedule.warmup_steps, and run again: it resumes from the last checkpoint"
+                f"optimizer.lr or lengthen schedule.warmup_steps, and run again; {self._way_back()}"
             )
+
+    def _way_back(self) -> str:
+        good = self.step - self.nonfinite_in_a_row
+        start = f"resumes from that of step {self.saved_step}" if self.saved_step else "starts from the beginning"
+        return f"the last good step was {good}, and the same command {start}"
 
     def _stop_agreed(self) -> str | None:
         """The signal that any rank received, once all have agreed on it."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 from dash_train.errors import EXIT_RANK_LOST, RankError
-from dash_train.parallel import World, shorten_timeouts
+from dash_train.parallel import World, from_a_collective, shorten_timeouts
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 30.0  # collectives give up so much later, should a watchdog be unable to act
@@ -89,7 +89,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and _from_a_collective(error):
+        if error is not None and from_a_collective(error):
             account, _ = self._account()
             self._closed.set()
             reason = str(error).splitlines()[0].split(". ")[0]
@@ -175,8 +175,3 @@ def describe(posts: list[Post], silent: list[int]) -> str:
         f"{names} ({first.process}) {verb} {what} {first.place}; "
         f"{len(others)} other rank(s) in {max(others, key=lambda post: post.phases).place}"
     )
-
-
-def _from_a_collective(error: BaseException) -> bool:
-    """Gloo raises plain RuntimeErrors that name its source file."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,3 +1,4 @@
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_train import checkpoint
 from dash_train.data.tokenizer import load_tokenizer
+from dash_train.errors import UserError
 from dash_train.export import export_run
 from dash_train.model.transformer import LanguageModel
 from dash_train.recipe import load_recipe
@@ -62,6 +64,22 @@ def test_a_run_is_exported_and_generates(
     with pytest.raises(SystemExit):
         command(monkeypatch, launch / "generate.py", tmp_path, "--prompt", "def ")
     assert "expected a run folder, a checkpoint or an exported folder" in capsys.readouterr().err
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    broken = json.dumps({**json.loads(lines[-2]), "loss": None})
+    (run / "metrics.jsonl").write_text("\n".join([*lines, "null", '{"step": "x"}', "[" * 99999, broken]))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command(monkeypatch, launch / "export.py", run, ".")
+    assert "# here" in (tmp_path / "here" / "README.md").read_text()
+
+    def full_disk(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full_disk)
+    with pytest.raises(UserError, match=r"full: could not be written \(.*No space left on device\)"):
+        export_run(run, tmp_path / "full")
+    assert not list(tmp_path.glob(".tmp-*"))
 
     with pytest.raises(SystemExit):
         command(monkeypatch, launch / "export.py", run, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
+from failing_folders import collect_folder_refusals
 from failing_ranks import collect_refusals
 from ranks import run_on_ranks
 from tiny_runs import run, start, write_recipe
@@ -17,6 +18,7 @@ from tiny_runs import run, start, write_recipe
 from dash_train.checkpoint import newest
 from dash_train.errors import UserError
 from dash_train.metrics import read_metrics
+from dash_train.place import find_place, set_place
 from dash_train.recipe import load_recipe
 from dash_train.trainer import Trainer
 from dash_train.watchdog import Post, describe
@@ -81,6 +83,74 @@ def test_a_rank_that_hangs_is_named(tmp_path, corpus):
     assert re.search(r"1 other rank\(s\) in step \d+, (loading data|forward|backward|optimizer|checkpoint);", line)
     assert "nothing has moved for 3 s (parallel.timeout_seconds)" in line
     assert "dash_train/trainer.py" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text(), "the stack is kept"
+
+
+def test_a_launcher_that_dies_leaves_a_checkpoint_and_no_rank(tmp_path, corpus):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, **{**LONG, "checkpoint__every": 10000})
+    process, ranks = start_two_ranks(recipe, step=2)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_ranks_with_other_folders_are_refused_and_the_main_rank_chooses_the_checkpoint(tmp_path, corpus):
+    recipe = write_recipe(tmp_path / "recipe.yaml", corpus, train__steps=4, train__validate_every=0)
+    Trainer(load_recipe(recipe)).train()
+    for rank in (0, 1):
+        (tmp_path / f"node-{rank}").mkdir()
+    run_on_ranks(2, collect_folder_refusals, recipe, tmp_path)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"told-{rank}.json").read_text())
+        assert told["stale"].endswith("step-00000004"), "rank 1 has not seen it yet"
+        assert re.match(
+            r"run_dir: \S+elsewhere is another folder on rank 1 \(on \S+\) than on rank 0", told["not shared"]
+        )
+        assert told["left"] == "[]"
+
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        (SLURM, (5, 8, 1)),
+        ({**SLURM, **OPEN_MPI}, (1, 2, 1)),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "2"}, (0, 2, 0)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, (1, 2, 1)),
+    ],
+)
+def test_a_rank_finds_its_place(variables, place):
+    assert find_place(variables) == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x': expected a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "expected a rank from 0 to 1"),
+        (OPEN_MPI, "set MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_a_stray_place_is_refused(variables, message):
+    with pytest.raises(UserError, match=message):
+        set_place({**variables})
+
+
+def test_tasks_of_slurm_meet_on_its_first_node():
+    variables = {**SLURM, "SLURM_STEP_NODELIST": "gpu[03-04,7],login1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "0"}
+    set_place(variables)
+    assert variables["MASTER_ADDR"] == "gpu03"
+    assert 20000 <= int(variables["MASTER_PORT"]) < 30000
+    assert (variables["RANK"], variables["WORLD_SIZE"], variables["LOCAL_RANK"]) == ("5", "8", "1")
 
 
 def test_the_rank_that_has_entered_the_fewest_phases_is_to_blame():

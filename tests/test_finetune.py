@@ -61,6 +61,27 @@ def test_twenty_steps_lower_the_loss_on_new_data(pretrained, other_text, tmp_pat
     assert trainer.model_config.attention.routing_scale == scales, "the scales belong to the weights"
 
 
+def test_a_fine_tuned_run_goes_on_without_its_base(pretrained, other_text, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(pretrained / "export", base)
+    options = {"train__validate_every": 0}
+    Trainer(finetune_recipe(tmp_path / "recipe.yaml", other_text, base, train__steps=2, **options)).train()
+    shutil.rmtree(base)
+    trainer = Trainer(finetune_recipe(tmp_path / "recipe.yaml", other_text, base, train__steps=4, **options))
+    assert trainer.step == 2
+    trainer.train()
+
+
+def test_a_checkpoint_out_of_its_run_needs_a_tokenizer(pretrained, tmp_path):
+    copy = tmp_path / "deep" / "copy"
+    shutil.copytree(checkpoint.find(pretrained / "run"), copy)
+    with pytest.raises(UserError, match="needs a copy of the run's tokenizer folder"):
+        open_source(copy)
+    shutil.copytree(pretrained / "run" / "tokenizer", copy / "tokenizer")
+    assert open_source(copy).tokenizer == copy / "tokenizer"
+    export_run(copy, tmp_path / "export")
+
+
 def test_full_attention_weights_become_dash(pretrained, other_text, tmp_path, corpus):
     shape = checkpoint.load_model_config(checkpoint.find(pretrained / "run")).model_dump(exclude={"attention"})
     full = write_recipe(

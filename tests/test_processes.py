@@ -3,11 +3,13 @@
 import signal
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import torch
 from tiny_runs import ROOT, run, start, write_recipe
 
+from dash_train import signals
 from dash_train.checkpoint import load_weights, newest
 from dash_train.command import run_command
 from dash_train.metrics import read_metrics
@@ -81,6 +83,34 @@ def test_sigterm_leaves_one_complete_checkpoint_and_a_clean_exit(tmp_path, corpu
     assert int(saved.name[5:]) < 6
     assert run("pretrain.py", recipe).returncode == 0
     assert lines(tmp_path / "run") == whole_run
+
+
+def test_ctrl_c_saves(tmp_path, corpus):
+    options = {"checkpoint__every": 10000, "train__steps": 10000, "train__validate_every": 0}
+    process = start("pretrain.py", write_recipe(tmp_path / "recipe.yaml", corpus, **options))
+    wait_for_step(tmp_path / "run", 2, process)
+    for _ in range(2):  # within a second: `timeout -s INT` does so
+        process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGINT after step" in stderr, stderr
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_flag_hears_signals(number, monkeypatch):
+    """Before the first step there is nothing to save; a second Ctrl-C ends the process at once."""
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.0)
+    with closing(signals.StopFlag()) as flag:
+        with pytest.raises(SystemExit) as stopped:
+            signal.raise_signal(number)
+        assert stopped.value.code == 0
+        flag.training = True
+        signal.raise_signal(number)
+        assert flag.received == signal.Signals(number).name
+        assert ended == ([130] if number == signal.SIGINT else [])
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def wait_for_step(run_dir, step, process):

@@ -8,6 +8,7 @@ from dash_train.model.transformer import LanguageModel
 from dash_train.recipe import load_recipe
 from dash_train.recipe_docs import recipe_markdown
 
+LAUGHS = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -66,6 +67,16 @@ def test_overrides_replace_values(recipe):
         ("parallel={zero_stage: 3, offload_parameters: cpu}", "needs zero_stage 3 and offload_optimizer: cpu"),
         ("parallel={offload_optimizer: cpu, offload_parameters: cpu}", "needs zero_stage 3 and offload_optimizer"),
         ("train.steps", "expected key.sub=value"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: should be less than 1"),
+        ("optimizer.lr=.inf", "optimizer.lr: expected a finite number of at most 1e+30"),
+        ("optimizer.weight_decay=1e300", "optimizer.weight_decay: expected a finite number of at most 1e+30"),
+        ("train.seed=18446744073709551616", "train.seed: expected a finite number of at most 64 bits"),
+        ("run_dir=$NOWHERE_SET/x", "run_dir: $NOWHERE_SET/x: the variable $NOWHERE_SET is not set"),
+        ("run_dir=' '", "run_dir: expected a path"),
+        ("run_dir=*.txt", "text with such signs needs quotes of its own: run_dir=\"'*.txt'\""),
+        ("train.steps={{ steps }}", "a key must be plain text; was a {{ template }} left in?"),
+        ("train.steps=2024-13-45", "month must be in 1..12"),
+        ("train={steps: 1, steps: 2}", "steps is set twice"),
         ("run_dir.x=1", "names nothing in this recipe"),
     ],
 )
@@ -90,6 +101,11 @@ def test_a_window_reaches_no_farther_than_the_piece_before(recipe):
         ("train: {}\n", "run_dir: is required"),
         ("run_dir: x\nrun_dir: y\n", "recipe.yaml:2: run_dir is set twice (first in line 1)"),
         ("run_dir: [x\n", "recipe.yaml:2: not valid YAML"),
+        ("run_dir: x\ntrain:\n  steps: {{ steps }}\n", "recipe.yaml:3: a key must be plain text"),
+        ("run_dir: x\ndeepspeed: " + "[" * 3000 + "]" * 3000, "its values nest too deeply"),
+        ("run_dir: x\ndeepspeed: &a {x: *a}\n", "its values nest too deeply, or hold themselves"),
+        ("x0: &x0 [a, a]\n" + LAUGHS, "do its aliases multiply?"),
+        ("run_dir: " + "x" * 2**20, "more than 1 MiB; is this a recipe?"),
         ("- a\n", "expected `section: ...` keys, found list"),
     ],
 )
@@ -98,6 +114,25 @@ def test_wrong_files_are_named_with_their_line(recipe, text, message):
     with pytest.raises(UserError) as error:
         load_recipe(recipe)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_recipe_that_is_not_utf_8_is_named(recipe, encoding):
+    recipe.write_bytes("run_dir: runs/caf\u00e9\n".encode(encoding))
+    with pytest.raises(UserError, match=r"recipe\.yaml:1: not UTF-8"):
+        load_recipe(recipe)
+    recipe.write_bytes("run_dir: runs/caf\u00e9\r\n".encode("utf-8-sig"))
+    assert load_recipe(recipe).run_dir == "runs/caf\u00e9"
+
+
+def test_what_yaml_and_shells_take_for_granted(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    loaded = load_recipe(recipe, ["tracking.wandb=off", "run_dir=~/runs/x", "init.from=$DISK/base"])
+    assert loaded.tracking.wandb == "off"
+    assert (loaded.run_dir, loaded.init.from_) == ("/home/me/runs/x", "/disk/base")
+    sources = load_recipe(recipe, ["data.sources.0.path=a", "data.sources.1.path=b"]).data.sources
+    assert [source.path for source in sources] == ["a", "b"]
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -1,8 +1,13 @@
+import hashlib
 import itertools
 import json
 import logging
 import math
+import shutil
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -11,6 +16,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from tiny_runs import write_recipe
 
 from dash_train import checkpoint
+from dash_train.data.errors import DataError
 from dash_train.data.loader import IGNORE, step_batches
 from dash_train.engine import grad_norm
 from dash_train.errors import UserError
@@ -235,7 +241,7 @@ def test_a_broken_checkpoint_is_skipped(train, tmp_path, caplog):
     assert f"resuming from {folder / 'step-00000002'}" in caplog.text
 
 
-def test_a_damaged_checkpoint_is_refused_by_file(train, tmp_path):
+def test_only_damaged_checkpoints_are_no_fresh_start(train, tmp_path):
     train(train__steps=2)
     (shard,) = (tmp_path / "run" / "run" / "checkpoints" / "step-00000002").glob("*optim_states.pt")
     content = bytearray(shard.read_bytes())
@@ -243,6 +249,177 @@ def test_a_damaged_checkpoint_is_refused_by_file(train, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(UserError, match=f"{shard.name}: the content differs from the manifest's hash"):
         train(train__steps=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, corpus):
+    """The folder of the checkpoints of steps 2 and 4 of a run."""
+    folder = tmp_path_factory.mktemp("saved")
+    Trainer(load_recipe(write_recipe(folder / "recipe.yaml", corpus, train__steps=4, train__validate_every=0))).train()
+    return folder / "run" / "checkpoints"
+
+
+def flip_a_digit(file):
+    text = bytearray(file.read_bytes())
+    place = next(i for i, byte in enumerate(text) if 48 <= byte <= 56)
+    text[place] += 1
+    file.write_bytes(text)
+
+
+def as_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def without(name):
+    def change(file):
+        manifest = json.loads(file.read_text())
+        del manifest["files"][name]
+        file.write_text(json.dumps(manifest))
+
+    return change
+
+
+SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+DAMAGES = [("manifest.json", content) for content in (b"null", b"[]", b"{}", b"\xff\xfe{}", b"[" * 100000, b"")]
+DAMAGES += [
+    ("manifest.json", b'{"format": 1, "files": ["state.json"]}'),
+    ("manifest.json", b'{"format": 2, "files": {}}'),
+]
+DAMAGES += [("manifest.json", without(name)) for name in ("state.json", "model.json", SHARD, checkpoint.MODEL_STATES)]
+DAMAGES += [(name, damage) for name in ("state.json", "model.json", SHARD) for damage in (flip_a_digit, as_folder)]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(checkpoints, tmp_path, caplog, name, damage):
+    folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
+    file = folder / "step-00000004" / name
+    file.write_bytes(damage) if isinstance(damage, bytes) else damage(file)
+    assert checkpoint.newest(folder) == folder / "step-00000002"
+    assert "step-00000004 is skipped" in caplog.text
+    assert name in caplog.text
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.load_weights(folder / "step-00000004")
+
+
+def test_folders_of_other_names_are_neither_read_nor_removed(train, tmp_path, caplog):
+    train(train__steps=2)
+    folder = tmp_path / "run" / "run" / "checkpoints"
+    mine = [shutil.copytree(folder / "step-00000002", folder / name) for name in ("step-00000002-best", "step-final")]
+    (folder / ".old-step-00000001").mkdir()
+    with caplog.at_level(logging.INFO):
+        train(train__steps=8)
+    assert f"resuming from {folder / 'step-00000002'}\n" in caplog.text
+    left = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert left == ["step-00000002-best", "step-00000006", "step-00000008", "step-final"]
+    assert checkpoint.load_weights(mine[0])
+    with pytest.raises(UserError, match="no checkpoint of step 3; there are those of: 6, 8"):
+        checkpoint.find(tmp_path / "run" / "run", 3)
+
+
+class Hostile:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("name", [SHARD, checkpoint.MODEL_STATES, "zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_no_file_of_a_checkpoint_runs_code(checkpoints, corpus, tmp_path, name):
+    """Whether its hash is right or it is not in the manifest at all."""
+    folder = shutil.copytree(checkpoints, tmp_path / "run" / "checkpoints") / "step-00000004"
+    shutil.rmtree(folder.parent / "step-00000002")
+    listed = (folder / name).exists()
+    torch.save({"module": Hostile(tmp_path / "run-by-the-file")}, folder / name)
+    if listed:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        manifest["files"][name] = {"size": (folder / name).stat().st_size, "sha256": digest}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=name):
+        checkpoint.load_weights(folder)
+    with pytest.raises(UserError, match=name):
+        Trainer(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, train__steps=6)))
+    assert not (tmp_path / "run-by-the-file").exists()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*((stage, "fp32") for stage in range(4)), (1, "bf16")])
+def test_a_resume_takes_the_recipe_of_the_optimizer(tmp_path, corpus, stage, precision):
+    options = {"parallel__zero_stage": stage, "train__precision": precision, "train__validate_every": 0, "model": FIXED}
+    path = tmp_path / "recipe.yaml"
+    Trainer(load_recipe(write_recipe(path, corpus, train__steps=2, **options))).train()
+    other = {"weight_decay": 0.3, "betas": [0.8, 0.9], "eps": 1e-6, "grad_clip": 0.5}
+    changes = {f"optimizer__{name}": value for name, value in other.items()}
+    trainer = Trainer(load_recipe(write_recipe(path, corpus, train__steps=3, **options, **changes)))
+    assert trainer.step == 2
+    groups = trainer.engine.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all((tuple(group["betas"]), group["eps"]) == ((0.8, 0.9), 1e-6) for group in groups)
+    optimizer = trainer.engine.optimizer
+    assert (optimizer.grad_clip if stage == 0 else optimizer.clip_grad) == 0.5
+    trainer.train()
+
+
+def test_another_batch_size_neither_repeats_nor_skips_rows(train, tmp_path):
+    options = {"train__validate_every": 0, "checkpoint__every": 1, "checkpoint__keep_last": 9}
+    train(train__steps=2, **options)
+    training, _ = train(train__steps=4, train__global_batch_size=4, **options)
+    folder = tmp_path / "run" / "run" / "checkpoints"
+    assert [checkpoint.load_state(folder / f"step-{step:08d}").rows for step in range(1, 5)] == [8, 16, 20, 24]
+    whole, _ = train("whole", train__steps=6, train__global_batch_size=4, **options)
+    assert [line["rows_hash"] for line in training[2:]] == [line["rows_hash"] for line in whole[4:]]
+    (folder / "step-00000004" / "manifest.json").unlink()
+    state = json.loads((folder / "step-00000003" / "state.json").read_text())
+    del state["rows"]
+    (folder / "step-00000003" / "state.json").write_text(json.dumps(state))
+    assert checkpoint.load_state(folder / "step-00000003").rows == 12, "as it was counted before"
+
+
+def test_a_streak_of_skipped_steps_is_never_saved(tmp_path, corpus, monkeypatch):
+    options = {"train__steps": 20, "train__validate_every": 0, "train__max_nonfinite_steps": 5, "checkpoint__every": 1}
+    trainer = Trainer(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, **options)))
+    healthy = trainer.engine.backward
+
+    def diverging(loss, **options):
+        healthy(loss * (float("nan") if trainer.step in (2, *range(4, 20)) else 1), **options)
+
+    monkeypatch.setattr(trainer.engine, "backward", diverging)
+    with pytest.raises(UserError, match="the last good step was 4, and the same command resumes from that of step 4"):
+        trainer.train()
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path, corpus):
+    path = write_recipe(tmp_path / "recipe.yaml", corpus)
+    (tmp_path / "run").mkdir()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    facts = 'f.write(\'{"host": "node7", "pid": 4711, "since": \' + str(time.time() - 300) + "}"); f.flush()'
+    command = [sys.executable, "-c", hold.replace("print", facts + "; print") + "; time.sleep(60)"]
+    holder = subprocess.Popen([*command, str(tmp_path / "run" / "lock")], stdout=subprocess.PIPE)
+    assert holder.stdout.readline()
+    with pytest.raises(UserError, match=r"run_dir: .* is in use by process 4711 on node7, for 5 min"):
+        Trainer(load_recipe(path))
+    holder.kill()
+    holder.communicate()
+    Trainer(load_recipe(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__sources": [{"type": "text", "path": "/nowhere/*.txt"}]}, "no text file here"),
+        ({"model": {**SHAPE, "vocab_size": 64}}, "is smaller than the tokenizer's"),
+        ({"tracking__wandb": "online"}, "tracking.wandb: online needs a key"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(tmp_path, corpus, changes, message, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises((UserError, DataError), match=message):
+        Trainer(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, **changes)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
