@@ -122,6 +122,7 @@ class Launcher:
     def __init__(self, program: Path, deadline: float) -> None:
         self.program, self.deadline = program, deadline
         self.stop = StopFlag()
+        self.stop.training = True  # runs are told to save before this process ends
         self.ports = itertools.count(FIRST_PORT + os.getpid() % 5000)
 
     def train(self, runs: Sequence[Run], per_gpu: int) -> list[Run]:
