@@ -21,6 +21,17 @@ def lines(folder, keys=COMPARED):
     return [{key: line[key] for key in keys} for line in read_metrics(folder)[0]]
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Who starts the tests in the background lets them, and what they start, ignore Ctrl-C and a hang-up."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, corpus):
     """The training lines of an uninterrupted run on one rank."""
