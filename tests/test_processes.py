@@ -102,7 +102,10 @@ def test_ctrl_c_saves(tmp_path, corpus):
     wait_for_step(tmp_path / "run", 2, process)
     for _ in range(2):  # within a second: `timeout -s INT` does so
         process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()  # it has many steps to go
     assert process.returncode == 0 and "stopped by SIGINT after step" in stderr, stderr
     assert newest(tmp_path / "run" / "checkpoints") is not None
 
