@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.dash.lists import LOG2_E
 from dash_train.kernels.dash.routing import Routing
-from dash_train.kernels.dash.tiles import TILE_ROWS, Lists, Segment, Shape
+from dash_train.kernels.dash.tiles import Lists, Segment, Shape
 from dash_train.kernels.launch import launch
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -30,11 +30,10 @@ def attend_segment(
     lse [batch, kv_heads, q_len, group] fp32: the natural logarithm of the softmax's denominator, log-prior included.
     """
     block_dim = shape.block_dim
-    tile = attended_tile(shape, q.dtype)
     keys = min(shape.chunk_size, 16 if k.dtype == torch.float32 else 64)
     launch(
         attend_kernel,
-        (-(-segment.tokens // tile), shape.batch * shape.kv_heads),
+        (shape.tiles(segment.tokens), shape.batch * shape.kv_heads),
         q,
         TensorDescriptor.from_tensor(k, [1, keys, 1, block_dim]),
         TensorDescriptor.from_tensor(v, [1, keys, 1, block_dim]),
@@ -51,7 +50,7 @@ def attend_segment(
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
         PADDED_GROUP=shape.padded_group,
-        TILE=tile,
+        TILE=shape.tile_tokens,
         LIST=shape.list_tokens,
         BLOCKS=shape.list_blocks,
         CHUNK=shape.chunk_size,
@@ -59,14 +58,8 @@ def attend_segment(
         BLOCK_DIM=block_dim,
         KEYS=keys,
         STAGES=4 if block_dim <= 128 else 2,  # blocks of keys and values in flight; on an SM two programs fit at 128
-        num_warps=tile * shape.padded_group // 16 if tile > shape.tile_tokens else 4,
+        num_warps=4,
     )
-
-
-def attended_tile(shape: Shape, dtype: torch.dtype) -> int:
-    """Tokens of a tile in this pass: twice TILE_ROWS rows where they share a list and registers hold them."""
-    fits = dtype != torch.float32 and shape.block_dim <= 128 and shape.padded_group <= TILE_ROWS
-    return shape.tile_tokens * (min(2, shape.list_tiles) if fits else 1)
 
 
 @triton.jit
