@@ -25,15 +25,19 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 15-20 min
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/test_parallel.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/distributed/test_parallel.py
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p dash_train
 
-docs: install
-	$(BIN)/python -m dash_train.recipe_docs docs/recipe.md
+docs: install  ## the pages and pictures that are generated: from the recipe's classes and from docs/results
+	$(BIN)/python -m dash_train.recipe.docs docs/recipe.md
+	$(BIN)/python -m dash_train.recipe.editor docs/recipe.schema.json
+	$(BIN)/python docs/figures/pictures.py
+	$(BIN)/python docs/figures/speed.py
+	$(BIN)/python docs/results/page.py
 
 clean:
 	rm -rf .venv .cache runs exports

@@ -7,9 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from dash_train.data.errors import DataError
+from dash_train.distributed.place import find_place
 from dash_train.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, RankError, UserError
-from dash_train.place import find_place
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
     try:
         main(args)
-    except (UserError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         if args.debug:
             traceback.print_exc()
         print(f"{'' if rank == 0 else f'[rank {rank}] '}error: {_one_line(error)}", file=sys.stderr, flush=True)
@@ -54,7 +53,7 @@ def run_command(main: Callable[[argparse.Namespace], None], parser: argparse.Arg
         sys.stdout.flush()
         os._exit(EXIT_RANK_LOST)  # a clean exit would wait for the lost rank
     except Exception as error:
-        from dash_train.parallel import from_a_collective  # torch, which takes a while to import
+        from dash_train.distributed.world import from_a_collective  # torch, which takes a while to import
 
         if ranks > 1 and from_a_collective(error) and not args.debug:
             logger.error("[rank %d] error: another rank has ended (%s)", rank, _one_line(error).split(". ")[0])

@@ -1,5 +1,7 @@
-"""The error that bad data raises. `data` stands apart from `dash_train`, so it has its own."""
+"""The error that bad data raises."""
+
+from dash_train.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data problem a user can mend: one line naming the file (and line), what was expected, and the fix."""

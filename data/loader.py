@@ -2,19 +2,20 @@
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dash_train.data.epochs import Epochs, Reading
 from dash_train.data.errors import DataError
-from dash_train.data.packing import PACKER_VERSION, Packing, pack_epoch
+from dash_train.data.packing import Ints, Packing
 from dash_train.data.shards import TokenShards
 
 IGNORE = -100  # the label that no loss counts
@@ -26,8 +27,9 @@ Row = dict[str, Tensor]
 class RowDataset:
     """The packed rows of a split, `train` or `validation`, of a folder that `prepare` made.
 
-    `weights` are the passes over each source in one epoch (default: one each). Rows are numbered by an index that runs
-    on through the epochs; within an epoch they come in a seeded order.
+    `weights` are the passes over each source in one epoch (default: one each); `max_passes` and `length_weights` as in
+    `Reading`. Rows are numbered by an index that runs on through the epochs; within an epoch they come in a seeded
+    order. Memory and the time to start do not grow with the corpus.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class RowDataset:
         seq: int,
         chunk_size: int,
         weights: Sequence[float] | None = None,
+        max_passes: Sequence[float | None] = (),
+        length_weights: Sequence[Mapping[int, float]] = (),
         seed: int = 0,
+        shards: TokenShards | None = None,
     ) -> None:
         if seq % chunk_size:
             raise DataError(f"train.seq: {seq} is not a multiple of chunk_size {chunk_size}; rows hold whole chunks")
-        self.shards = TokenShards(Path(folder) / split)
+        self.shards = shards or TokenShards(Path(folder) / split)
         if not self.shards.meta.documents:
             raise DataError(f"{Path(folder) / split}: holds no document; give more documents")
         self.seq = seq
@@ -52,23 +57,22 @@ class RowDataset:
             raise DataError(f"weights: {len(self.weights)} given for {len(self.shards.meta.sources)} sources")
         self._check_weights()
         self.seed = seed
-        self._packings: dict[int, Packing] = {}
+        self.reading = Reading(self.weights, max_passes, length_weights)
+        self.epochs = Epochs(self.shards, self.reading, seq=seq, chunk_size=chunk_size, seed=seed)
         self._epoch_starts = [0]
 
     def summary(self) -> list[str]:
         """Return a line for each source: what it holds, and what the first epoch reads of it."""
-        documents = np.bincount(self.shards.sources, minlength=len(self.weights))
-        tokens = np.bincount(self.shards.sources, self.shards.lengths, minlength=len(self.weights))
-        packing = self.packing(0)
-        read = np.bincount(self.shards.sources[packing.document], packing.length, minlength=len(self.weights))
+        documents, tokens = np.diff(self.shards.source_starts), self.shards.source_tokens
+        read = self.epochs.tokens(0)
         return [
-            f"{name}: {documents[i]:,} documents, {tokens[i]:,.0f} tokens; weight {self.weights[i]:g}: {read[i]:,.0f} "
+            f"{name}: {documents[i]:,} documents, {tokens[i]:,} tokens; weight {self.weights[i]:g}: {read[i]:,} "
             f"tokens of the first epoch, {read[i] / read.sum():.1%}"
             for i, name in enumerate(self.shards.meta.sources)
         ]
 
     def _check_weights(self) -> None:
-        counts = np.bincount(self.shards.sources, minlength=len(self.weights)).tolist()
+        counts = np.diff(self.shards.source_starts).tolist()
         if not any(round(weight * count) for weight, count in zip(self.weights, counts, strict=True)):
             source = int(np.argmax(np.array(self.weights) * counts))
             raise DataError(
@@ -78,42 +82,44 @@ class RowDataset:
 
     def rows(self, epoch: int) -> int:
         """Return the number of rows of an epoch."""
-        # Whole weights read the same documents in every epoch, which pack into the same number of rows.
-        whole = all(weight == int(weight) for weight in self.weights)
-        return self.packing(0 if whole else epoch).rows
+        return int(self.epochs.row_starts(epoch)[-1])
 
-    def packing(self, epoch: int) -> Packing:
-        """Return the rows of an epoch as pieces of documents; the last few epochs asked for are kept."""
-        if epoch not in self._packings:
-            if len(self._packings) == 3:
-                del self._packings[next(iter(self._packings))]
-            self._packings[epoch] = pack_epoch(
-                self.shards.lengths,
-                self.shards.sources,
-                seq=self.seq,
-                chunk_size=self.chunk_size,
-                weights=self.weights,
-                seed=self.seed,
-                epoch=epoch,
-            )
-        return self._packings[epoch]
+    def total_rows(self) -> int | None:
+        """Return the rows of all epochs where max_passes ends them, else None."""
+        if not self.epochs.limited:
+            return None
+        epoch = 0
+        while not self.epochs.ended(epoch):
+            epoch += 1
+        return sum(self.rows(number) for number in range(epoch))
 
     def fill(self, epoch: int = 0) -> float:
         """Return the share of an epoch's row positions that hold a token of a document."""
-        packing = self.packing(epoch)
-        return int(packing.length.sum()) / (packing.rows * self.seq)
+        return int(self.epochs.tokens(epoch).sum()) / (self.rows(epoch) * self.seq)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the epoch that a row index falls into and its place in that epoch."""
+        """Return the epoch that a row index falls into and its place in that epoch.
+
+        Raises:
+            DataError: every source has been read as often as it may be.
+        """
         while index >= self._epoch_starts[-1]:
-            self._epoch_starts.append(self._epoch_starts[-1] + self.rows(len(self._epoch_starts) - 1))
+            epoch = len(self._epoch_starts) - 1
+            if self.epochs.ended(epoch):
+                raise DataError(
+                    f"data.sources: all have been read max_passes times after {self._epoch_starts[-1]:,} rows of "
+                    f"{self.seq:,} tokens; lower train.steps, or raise max_passes or give another source"
+                )
+            self._epoch_starts.append(self._epoch_starts[-1] + self.rows(epoch))
         epoch = bisect_right(self._epoch_starts, index) - 1
         return epoch, index - self._epoch_starts[epoch]
 
     def row_id(self, index: int) -> int:
         """Return the number of the packed row that stands at an index: the index with the shuffling undone."""
         epoch, place = self.locate(index)
-        return self._epoch_starts[epoch] + int(self.packing(epoch).order[place])
+        starts = self.epochs.row_starts(epoch)
+        first = int(starts[bisect_right(starts, place) - 1])
+        return index - place + first + self.epochs.find(epoch, place)[1]
 
     def row(self, index: int) -> Row:
         """Return the row at an index, four tensors `[seq]`.
@@ -124,16 +130,14 @@ class RowDataset:
         a split document counts as a document of its own, a pad belongs to the document before it in its chunk, or to
         its own chunk. `real` (bool): false for pads.
         """
-        epoch, place = self.locate(index)
-        packing = self.packing(epoch)
-        row = packing.order[place]
         tokens = np.full(self.seq, self.shards.meta.pad_id, dtype=np.int64)
         labels = np.full(self.seq, IGNORE, dtype=np.int64)
         starts = np.arange(self.seq, dtype=np.int32) // self.chunk_size * self.chunk_size
         real = np.zeros(self.seq, dtype=bool)
-        for piece in range(packing.row_starts[row], packing.row_starts[row + 1]):
-            at, start, length = packing.position[piece], packing.start[piece], packing.length[piece]
-            document = self.shards.tokens(packing.document[piece], start, start + length + 1)
+        packing, pieces = self.pieces(index)
+        columns = (packing.position, packing.place, packing.length, packing.cut)
+        for at, place, length, cut in zip(*(column[pieces].tolist() for column in columns), strict=True):
+            document = self.shards.read(place, length + cut)
             tokens[at : at + length] = document[:length]
             labels[at : at + len(document) - 1] = document[1:]
             starts[at : at + -(-length // self.chunk_size) * self.chunk_size] = at
@@ -145,6 +149,17 @@ class RowDataset:
             "real": torch.from_numpy(real),
         }
 
+    def pieces(self, index: int) -> tuple[Packing, slice]:
+        """Return the block that holds the row at an index, and which of its pieces make up that row."""
+        block, row = self.epochs.find(*self.locate(index))
+        return block, slice(*block.row_starts[row : row + 2])
+
+    def source_tokens(self, index: int) -> Ints:
+        """Return how many tokens of the row at an index are labels, for each source."""
+        packing, pieces = self.pieces(index)
+        counted = packing.length[pieces] - 1 + packing.cut[pieces]
+        return self.epochs.per_source(packing.document[pieces], counted)
+
     def padding_row(self) -> Row:
         """Return a row without any document, for ranks that have run out of rows."""
         positions = torch.arange(self.seq, dtype=torch.int32)
@@ -155,22 +170,36 @@ class RowDataset:
             "real": torch.zeros(self.seq, dtype=torch.bool),
         }
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return what decides the rows, ready for JSON: two runs that agree on it see the same rows."""
+    def fingerprint(self, rows: int | None = None) -> dict[str, Any]:
+        """Return what decides the rows, ready for JSON: two runs that agree on it see the same rows (all of them, also
+        after the first `rows`)."""
         return {
             "shards": self.shards.digest(),
             "tokenizer": self.shards.meta.tokenizer_hash,
             "seq": self.seq,
             "chunk_size": self.chunk_size,
-            "weights": self.weights,
+            **self.reading.fingerprint(),
             "seed": self.seed,
-            "packer_version": PACKER_VERSION,
+            "packer_version": self.epochs.version,
         }
+
+
+class Rows(Protocol):
+    """An endless sequence of rows: what a `RowDataset` and a `Mixture` have in common."""
+
+    def row(self, index: int) -> Row: ...
+
+    def row_id(self, index: int) -> int: ...
+
+    def locate(self, index: int) -> tuple[int, int]: ...
+
+    def source_tokens(self, index: int) -> Ints: ...
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: the packed rows of all ranks, and the micro-batches of this one (tensors `[micro, seq]`).
+    """One optimizer step: the packed rows of all ranks, how many tokens of each source are labels in them, and the
+    micro-batches of this rank (tensors `[micro, seq]`).
 
     A micro-batch has no `document_starts` when each of its rows is one document.
     """
@@ -178,11 +207,12 @@ class StepBatch:
     step: int
     epoch: int
     rows: list[int]
+    source_tokens: list[int]
     micro_batches: list[dict[str, Tensor]]
 
 
 def step_batches(
-    dataset: RowDataset, *, global_batch_size: int, micro_batch_size: int, rank: int, world: int, start_step: int = 0
+    dataset: Rows, *, global_batch_size: int, micro_batch_size: int, rank: int, world: int, start_step: int = 0
 ) -> Generator[StepBatch, None, None]:
     """Yield the batches of step `start_step`, `start_step` + 1, ... without end, made ahead in a background thread.
 
@@ -203,7 +233,8 @@ def step_batches(
             start = first + (micro * world + rank) * micro_batch_size
             micro_batches.append(_stack([dataset.row(start + i) for i in range(micro_batch_size)]))
         rows = [dataset.row_id(first + i) for i in range(global_batch_size)]
-        return StepBatch(step, dataset.locate(first)[0], rows, micro_batches)
+        counted = np.sum([dataset.source_tokens(first + i) for i in range(global_batch_size)], axis=0)
+        return StepBatch(step, dataset.locate(first)[0], rows, counted.tolist(), micro_batches)
 
     def run() -> Generator[StepBatch, None, None]:
         thread = ThreadPoolExecutor(1, thread_name_prefix="data")

@@ -7,53 +7,58 @@ the epoch.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-PACKER_VERSION = 1
-
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer[Any]]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The rows of one epoch. Row r holds the pieces `row_starts[r]` to `row_starts[r + 1]`.
+    """Rows and their pieces. Row r holds the pieces `row_starts[r]` to `row_starts[r + 1]`.
 
-    A piece is the tokens `start` to `start + length` of `document`, and stands at `position` in its row.
+    A piece is the tokens `start` to `start + length` of `document`, which goes on after it where `cut` says so. It
+    stands at `position` in its row, and at `place` among all tokens of the split.
     """
 
     document: Ints
     start: Ints
+    place: Ints
     length: Ints
+    cut: Bools
     position: Ints
     row_starts: Ints
     order: Ints
-    """The row that stands at each place of the epoch: a seeded permutation."""
+    """The row that stands at each place: a seeded permutation."""
 
     @property
     def rows(self) -> int:
         return len(self.order)
 
 
-def pack_epoch(
-    lengths: Ints, sources: Ints, *, seq: int, chunk_size: int, weights: Sequence[float], seed: int, epoch: int
+def pack(
+    documents: Ints, lengths: Ints, places: Ints, *, seq: int, chunk_size: int, order_key: tuple[int, ...]
 ) -> Packing:
-    """Pack one epoch. `lengths` and `sources` are `[documents]`; `weights` holds the passes over each source."""
-    documents = _documents_of_epoch(sources, weights, seed, epoch)
-    document, start, length = _cut(documents, lengths, seq)
+    """Pack documents, given in a shuffled order with their tokens and the place of the first one, into rows."""
+    number, start, length, cut = _cut(lengths, seq)
     row, chunk = best_fit(-(-length // chunk_size), seq // chunk_size)
     by_row = np.argsort(row, kind="stable")
     rows = int(row.max()) + 1 if len(row) else 0
+    number, start = number[by_row], start[by_row]
     return Packing(
-        document=document[by_row],
-        start=start[by_row],
-        length=length[by_row],
-        position=chunk[by_row] * chunk_size,
+        document=documents[number],
+        start=start.astype(np.int32),
+        place=places[number] + start,
+        length=length[by_row].astype(np.int32),
+        cut=cut[by_row],
+        position=(chunk[by_row] * chunk_size).astype(np.int32),
         row_starts=np.searchsorted(row[by_row], np.arange(rows + 1)),
-        order=permutation(rows, seed, epoch),
+        order=permutation(rows, *order_key),
     )
 
 
@@ -62,70 +67,94 @@ def permutation(count: int, *key: int) -> Ints:
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
-def _documents_of_epoch(sources: Ints, weights: Sequence[float], seed: int, epoch: int) -> Ints:
-    """Return the documents that an epoch reads, shuffled.
-
-    The passes over a source are an endless sequence of permutations, of which each epoch takes the next `weight`
-    passes' worth: a weight of 0.5 reads the two halves of one permutation in turn.
-    """
-    chosen = []
-    for source, weight in enumerate(weights):
-        members = np.flatnonzero(sources == source)
-        count = len(members)
-        first, last = round(epoch * weight * count), round((epoch + 1) * weight * count)
-        for read in range(first // max(count, 1), -(-last // max(count, 1))):
-            order = permutation(count, seed, source, read)
-            chosen.append(members[order[max(first - read * count, 0) : last - read * count]])
-    documents = np.concatenate([np.empty(0, dtype=np.int64), *chosen])  # a small weight gives none in some epochs
-    return documents[permutation(len(documents), seed, epoch, len(weights))]
+def _cut(lengths: Ints, seq: int) -> tuple[Ints, Ints, Ints, Bools]:
+    """Cut documents into pieces of at most `seq` tokens: the number of the document, start, length, does it go on."""
+    pieces = -(-lengths // seq)
+    number = np.repeat(np.arange(len(lengths)), pieces)
+    start = (np.arange(len(number)) - (np.cumsum(pieces) - pieces)[number]) * seq
+    left = lengths[number] - start
+    return number, start, np.minimum(left, seq), left > seq
 
 
-def _cut(documents: Ints, lengths: Ints, seq: int) -> tuple[Ints, Ints, Ints]:
-    """Cut the documents into pieces of at most `seq` tokens: document, start and length of each."""
-    pieces = -(-lengths[documents] // seq)
-    document = np.repeat(documents, pieces)
-    first_piece = np.cumsum(pieces) - pieces
-    start = (np.arange(len(document)) - np.repeat(first_piece, pieces)) * seq
-    return document, start, np.minimum(lengths[document] - start, seq)
+def sizes_of(lengths: Ints, seq: int, chunk_size: int) -> tuple[Ints, Ints]:
+    """Return, for each document, the whole rows it is cut into and the chunks that what is left of it takes."""
+    whole, rest = np.divmod(lengths, seq)
+    return whole, -(-rest // chunk_size)
+
+
+class _Deal(NamedTuple):
+    """`items` items of `size` chunks go into rows that have `room` chunks left, `fits` to a row, in order. `rows` have
+    that room; they are new ones where `new`."""
+
+    size: int
+    items: int
+    room: int
+    fits: int
+    rows: int
+    new: bool
 
 
 def best_fit(sizes: Ints, capacity: int) -> tuple[Ints, Ints]:
-    """Best-fit decreasing: return the row and the offset within it of every item, `sizes` <= `capacity`.
-
-    Items of one size, and rows with the same room left, are dealt with together, so that the time grows with the
-    number of distinct sizes rather than of items.
-    """
+    """Best-fit decreasing: return the row and the offset within it of every item, `sizes` <= `capacity`."""
     row, offset = np.empty_like(sizes), np.empty_like(sizes)
-    rows = 0
-    with_room: dict[int, Ints] = {}  # rows by the room that they have left
-    rooms: list[int] = []  # its keys, ascending
-
-    def put_back(room: int, some: Ints) -> None:
-        if room in with_room:
-            with_room[room] = np.concatenate([with_room[room], some])
-        elif room and len(some):
-            with_room[room] = some
-            insort(rooms, room)
-
+    with_room: dict[int, list[Ints]] = {}  # rows by the room that they have left
     largest_first = np.argsort(-sizes, kind="stable")
-    for items in np.split(largest_first, np.flatnonzero(np.diff(sizes[largest_first])) + 1):
-        while len(items):
-            size = int(sizes[items[0]])
-            best = bisect_left(rooms, size)
-            if best < len(rooms):
-                room = rooms.pop(best)
-                candidates = with_room.pop(room)
-            else:
-                room = capacity
-                candidates = np.arange(rows, rows - (-len(items) // (room // size)))
-                rows += len(candidates)
-            fits = room // size
-            taken = np.arange(min(len(items), fits * len(candidates)))
-            row[items[taken]] = candidates[taken // fits]
-            offset[items[taken]] = capacity - room + taken % fits * size
-            items = items[len(taken) :]
-            full, rest = divmod(len(taken), fits)
-            put_back(room - fits * size, candidates[:full])
-            put_back(room - rest * size, candidates[full : full + (rest > 0)])
-            put_back(room, candidates[full + (rest > 0) :])
+    dealt = rows = 0
+    for deal in _deals(np.bincount(sizes, minlength=capacity + 1), capacity):
+        if deal.new:
+            candidates = np.arange(rows, rows + deal.rows)
+            rows += deal.rows
+        else:
+            candidates = np.concatenate(with_room.pop(deal.room))
+        items = largest_first[dealt : dealt + deal.items]
+        dealt += deal.items
+        taken = np.arange(deal.items)
+        row[items] = candidates[taken // deal.fits]
+        offset[items] = capacity - deal.room + taken % deal.fits * deal.size
+        first = 0
+        for room, count in _rooms_after(deal):
+            if room and count:
+                with_room.setdefault(room, []).append(candidates[first : first + count])
+            first += count
     return row, offset
+
+
+def rows_needed(counts: Ints, capacity: int) -> int:
+    """Return the number of rows that best-fit decreasing takes for `counts[size]` items of each size."""
+    return sum(deal.rows for deal in _deals(counts, capacity) if deal.new)
+
+
+def _deals(counts: Ints, capacity: int) -> Iterator[_Deal]:
+    """Best-fit decreasing, in which items of one size and rows with the same room left are dealt with together: so the
+    time grows with the number of distinct sizes rather than of items."""
+    with_room: dict[int, int] = {}  # how many rows have this much room left
+    rooms: list[int] = []  # its keys, ascending
+    for size in range(capacity, 0, -1):
+        items = int(counts[size])
+        while items:
+            best = bisect_left(rooms, size)
+            if new := best == len(rooms):
+                room = capacity
+                rows = -(-items // (room // size))
+            else:
+                room = rooms.pop(best)
+                rows = with_room.pop(room)
+            fits = room // size
+            deal = _Deal(size, min(items, fits * rows), room, fits, rows, new)
+            for left, count in _rooms_after(deal):
+                if left and count:
+                    if left not in with_room:
+                        insort(rooms, left)
+                    with_room[left] = with_room.get(left, 0) + count
+            items -= deal.items
+            yield deal
+
+
+def _rooms_after(deal: _Deal) -> list[tuple[int, int]]:
+    """The room that its rows have left, and how many have it: full ones, the last one begun, untouched ones."""
+    full, rest = divmod(deal.items, deal.fits)
+    return [
+        (deal.room - deal.fits * deal.size, full),
+        (deal.room - rest * deal.size, int(rest > 0)),
+        (deal.room, deal.rows - full - (rest > 0)),
+    ]

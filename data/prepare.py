@@ -8,24 +8,25 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dash_train.data.config import DataConfig
+from dash_train.data.config import DataConfig, SourceConfig
 from dash_train.data.errors import DataError
-from dash_train.data.integrity import check_contents, remember, write_contents
+from dash_train.data.files import File, stamp
+from dash_train.data.integrity import SPLITS, check_contents, remember, write_contents
+from dash_train.data.pieces import BadDocuments, Pieces, Task
 from dash_train.data.shards import FORMAT_VERSION, ShardWriter, read_meta
-from dash_train.data.sources import describe, passed_over, read_documents, source_files
-from dash_train.data.split import SplitDocument, split_documents
+from dash_train.data.sources import describe, passed_over, read_documents, source_files, split_source
+from dash_train.data.split import SplitDocument, is_held_out, split_documents, uniform
 from dash_train.data.tokenizer import Tokenizer, load_tokenizer, lost_by, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 REVISION = 2  # rises when the same sources and settings come out otherwise
-BATCH_CHARACTERS = 4_000_000  # text that is tokenized at a time
-LOG_SECONDS = 10.0
+SOON = 60.0  # seconds of work that are not worth keeping after an error
 
 
 def prepare(config: DataConfig) -> Path:
@@ -33,27 +34,47 @@ def prepare(config: DataConfig) -> Path:
 
     It holds `tokenizer/`, `train/` and `validation/`, and is named by what it is made from: the sources (paths, sizes
     and times of local files), the tokenizer, the split and the shard format. It appears all at once or not at all;
-    when two processes make the same one, the first to finish wins and the other's work is dropped.
+    when two processes make the same one, the first to finish wins and the other's work is dropped. What a process that
+    was killed has tokenized is in a folder beside it, from which the next one goes on.
+    """
+    made = prepare_part(config, 1, 1)
+    assert made is not None
+    return made
+
+
+def prepare_part(config: DataConfig, part: int, parts: int) -> Path | None:
+    """Tokenize the share of the corpus that is part `part` (from 1) of `parts`.
+
+    Return the folder of the prepared data once all parts of it are there, put together by the last one; else None.
+    The result is the same however many parts there are.
     """
     cache = Path(config.cache).expanduser()
-    folder = cache / cache_key(config)
-    earlier = cache / cache_key(config, revision=1)
+    folder, earlier = (cache / key for key in cache_keys(config))
     for made in (folder, earlier):
         if made.exists() and (made is folder or _still_right(config, made)):
             check_contents(made)
             return made
+    work = folder.with_name(f".{folder.name}-work")
     unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    started, begun = time.monotonic(), work.exists()
     try:
-        unfinished.mkdir(parents=True)
-        _write(config, unfinished)
+        work.mkdir(parents=True, exist_ok=True)
+        if not _write(config, work, unfinished, (part, parts)):
+            return None
         write_contents(unfinished)
         if not folder.exists():
             unfinished.rename(folder)
             remember(folder)
-    except OSError as error:
-        if not folder.exists():  # else another process renamed its folder in between
-            fix = "free space, or set data.cache to another disk" if error.errno == errno.ENOSPC else "check the path"
-            raise DataError(f"{error.filename or folder}: cannot prepare data: {error.strerror}; {fix}") from error
+        shutil.rmtree(work, ignore_errors=True)
+    except (OSError, DataError) as error:
+        if folder.exists():  # another process finished it, and took its pieces away
+            return folder
+        if not begun and time.monotonic() - started < SOON:
+            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, DataError):
+            raise
+        fix = "free space, or set data.cache to another disk" if error.errno == errno.ENOSPC else "check the path"
+        raise DataError(f"{error.filename or folder}: cannot prepare data: {error.strerror}; {fix}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
@@ -71,11 +92,16 @@ def _still_right(config: DataConfig, earlier: Path) -> bool:
     return meta.documents > 1 and meta.tokenizer_hash == load_tokenizer(config.tokenizer.path).hash
 
 
-def cache_key(config: DataConfig, revision: int = REVISION) -> str:
+def cache_key(config: DataConfig) -> str:
     """Return the name of the folder that holds a configuration's prepared data."""
+    return cache_keys(config)[0]
+
+
+def cache_keys(config: DataConfig) -> list[str]:
+    """Return that name, and the one under which revision 1 made the folder."""
     made_from: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "sources": [source.model_dump(exclude={"weight"}) for source in config.sources],
+        "sources": [_read_by(source) for source in config.sources],
         "files": [_stamps(source_files(source)) for source in config.sources],
         "tokenizer": config.tokenizer.model_dump(),
         "tokenizer_files": _stamps(_tokenizer_files(config)),
@@ -83,13 +109,20 @@ def cache_key(config: DataConfig, revision: int = REVISION) -> str:
         "on_bad_document": config.on_bad_document,
         "shard_tokens": config.shard_tokens,
     }
-    if revision > 1:
-        made_from["revision"] = revision
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    if config.validation:  # a key that earlier versions did not have
+        made_from["validation"] = [[_read_by(source), _stamps(source_files(source))] for source in config.validation]
+    revisions = ({**made_from, "revision": REVISION}, made_from)
+    return [hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16] for values in revisions]
 
 
-def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    return [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+def _read_by(source: SourceConfig) -> dict[str, Any]:
+    """What decides the documents of a source; keys that earlier versions did not have only where they are set."""
+    values = source.model_dump(exclude={"weight", "max_passes", "length_weights"})
+    return {key: value for key, value in values.items() if value or key in ("type", "path", "name", "split", "field")}
+
+
+def _stamps(files: Iterable[File]) -> list[tuple[str, int, int | str]]:
+    return [stamp(file) for file in files]
 
 
 def _tokenizer_files(config: DataConfig) -> list[Path]:
@@ -99,68 +132,105 @@ def _tokenizer_files(config: DataConfig) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
 
 
-class _BadDocuments:
-    """What to do with a malformed document: `error` raises, `skip` logs and counts it."""
-
-    def __init__(self, on_bad_document: str) -> None:
-        self.raises = on_bad_document == "error"
-        self.skipped: set[str] = set()
-
-    def reject(self, message: str) -> None:
-        if self.raises:
-            raise DataError(f"{message}; mend it, or set data.on_bad_document: skip")
-        if message not in self.skipped:  # the sources are read twice: for the tokenizer, then for the shards
-            self.skipped.add(message)
-            logger.warning("skipped %s", message)
-
-
-def _write(config: DataConfig, folder: Path) -> None:
-    """Make the tokenizer and tokenize both splits into `folder`."""
-    bad = _BadDocuments(config.on_bad_document)
-    for source in config.sources:
+def _write(config: DataConfig, work: Path, folder: Path, part: tuple[int, int]) -> bool:
+    """Make this job's pieces in `work`. When all are there, put them together in `folder`, and return True."""
+    bad = BadDocuments(config.on_bad_document)
+    for source in [*config.sources, *config.validation]:
         if message := passed_over(source):
             logger.warning("%s", message)
-    tokenizer = _tokenizer(config, folder / "tokenizer", bad)
-    sources = [describe(source) for source in config.sources]
-    writers = {
-        split: ShardWriter(folder / split, tokenizer, sources, config.shard_tokens) for split in ("train", "validation")
-    }
+    tokenizer = _tokenizer(config, work / "tokenizer", bad)
     threads = config.workers or os.cpu_count() or 1
-    started = logged = time.monotonic()
-    for batch in _batches(_documents(config, bad)):
-        for document, ids in zip(batch, tokenizer.encode_batch([item.text for item in batch], threads), strict=True):
-            writers[document.split].add(ids, document.source, len(document.text.encode("utf-8")))
-        if time.monotonic() - logged > LOG_SECONDS:
-            logged = time.monotonic()
-            _log_progress("tokenized", list(writers.values()), bad, logged - started)
+    started = time.monotonic()
+    pieces = Pieces(work / "pieces", _tasks(config, bad))
+    pieces.make(range(part[0] - 1, len(pieces.tasks), part[1]), tokenizer, threads, bad)
+    if missing := pieces.missing():
+        logger.info("%d of %d pieces of the corpus are still to be made", len(missing), len(pieces.tasks))
+        return False
+    sources, validation = (
+        [describe(source) for source in of] for of in (config.sources, config.validation or config.sources)
+    )
+    writers = {
+        split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens)
+        for split, names in zip(SPLITS, (sources, validation), strict=True)
+    }
+    for number, task in enumerate(pieces.tasks):
+        for piece in pieces.of(number):
+            bad.skipped |= set(piece.skipped)
+            for split, writer in writers.items():
+                writer.extend(piece.tokens[split], piece.lengths[split], task.number, piece.text_bytes[split])
+    if not all(writer.documents for writer in writers.values()):
+        shutil.rmtree(folder)
+        writers = _write_few(config, folder, tokenizer, threads, bad)
     for writer in writers.values():
         writer.close()
-    _log_progress("prepared", list(writers.values()), bad, time.monotonic() - started)
-
-
-def _log_progress(verb: str, writers: list[ShardWriter], bad: _BadDocuments, seconds: float) -> None:
+    shutil.copytree(work / "tokenizer", folder / "tokenizer")
     documents, tokens, text_bytes = (
-        sum(getattr(writer, counter) for writer in writers) for counter in ("documents", "tokens", "text_bytes")
+        sum(getattr(writer, counter) for writer in writers.values())
+        for counter in ("documents", "tokens", "text_bytes")
     )
     logger.info(
-        "%s %d documents, %d tokens, %.2f bytes per token, %d skipped, %.0f s",
-        verb,
+        "prepared %d documents, %d tokens, %.2f bytes per token, %d skipped, %.0f s",
         documents,
         tokens,
         text_bytes / tokens,
         len(bad.skipped),
-        seconds,
+        time.monotonic() - started,
     )
+    return True
 
 
-def _documents(config: DataConfig, bad: _BadDocuments) -> Iterator[SplitDocument]:
+def _write_few(
+    config: DataConfig, folder: Path, tokenizer: Tokenizer, threads: int, bad: BadDocuments
+) -> dict[str, ShardWriter]:
+    """Tokenize a corpus that is so small that the hashes of its documents hold out none of them, or all."""
+    if config.validation:
+        empty = ", ".join(describe(source) for source in config.validation)
+        raise DataError(f"data.validation: no text in {empty}, or no other text in data.sources")
+    names = [describe(source) for source in config.sources]
+    writers = {split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens) for split in SPLITS}
+    documents = list(_documents(config, bad))
+    for document, ids in zip(documents, tokenizer.encode_batch([d.text for d in documents], threads), strict=True):
+        writers[document.split].add(ids, document.source, len(document.text.encode("utf-8")))
+    return writers
+
+
+def _tasks(config: DataConfig, bad: BadDocuments) -> list[Task]:
+    """The parts of all sources, in the order in which their documents stand in the shards."""
+    split_of = _split_of(config, bad)
+    tasks = [
+        Task(source, number, part, split_of)
+        for number, source in enumerate(config.sources)
+        for part in split_source(source)
+    ]
+    return tasks + [
+        Task(source, number, part, lambda _: "validation")
+        for number, source in enumerate(config.validation)
+        for part in split_source(source)
+    ]
+
+
+def _split_of(config: DataConfig, bad: BadDocuments) -> Callable[[str], str | None]:
+    """Return what tells the split of a text of the sources."""
+    seed = config.seed
+    if not config.validation:
+        return lambda text: "validation" if is_held_out(text, seed, config.validation_fraction) else "train"
+    held_out = {uniform(d.text, seed) for source in config.validation for d in read_documents(source, bad.reject)}
+    return lambda text: None if uniform(text, seed) in held_out else "train"
+
+
+def _documents(config: DataConfig, bad: BadDocuments) -> Iterator[SplitDocument]:
     """Read all sources in order. No document at all is an error."""
     texts = (
         (document.text, number)
         for number, source in enumerate(config.sources)
         for document in read_documents(source, bad.reject)
     )
-    documents = split_documents(texts, config.seed, config.validation_fraction)
+    documents: Iterator[SplitDocument]
+    if config.validation:
+        split_of = _split_of(config, bad)
+        documents = (SplitDocument(text, number, "train") for text, number in texts if split_of(text))
+    else:
+        documents = split_documents(texts, config.seed, config.validation_fraction)
     first = next(documents, None)
     if first is None:
         sources = ", ".join(describe(source) for source in config.sources)
@@ -168,32 +238,27 @@ def _documents(config: DataConfig, bad: _BadDocuments) -> Iterator[SplitDocument
     return chain([first], documents)
 
 
-def _tokenizer(config: DataConfig, folder: Path, bad: _BadDocuments) -> Tokenizer:
-    """Load the configured tokenizer, or train one on the training documents, and save it in `folder`."""
+def _tokenizer(config: DataConfig, folder: Path, bad: BadDocuments) -> Tokenizer:
+    """Load the configured tokenizer, or train one on the training documents, and keep it in `folder`.
+
+    Jobs that share a preparation find that of the first one that has it; all would make the same.
+    """
+    if folder.exists():
+        return load_tokenizer(folder)
+    unfinished = folder.with_name(f".tokenizer-{uuid.uuid4().hex[:8]}")
     if config.tokenizer.path is None:
         texts = (document.text for document in _documents(config, bad) if document.split == "train")
-        return train_tokenizer(texts, config.tokenizer, folder / "tokenizer.model")
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    tokenizer.check_exportable()
-    if lost := lost_by(tokenizer):
-        logger.warning(
-            "%s: the tokenizer changes text, the model never sees these as they are: %s",
-            config.tokenizer.path,
-            ", ".join(lost),
-        )
-    tokenizer.save(folder)
+        tokenizer = train_tokenizer(texts, config.tokenizer, unfinished / "tokenizer.model")
+    else:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        tokenizer.check_exportable()
+        if lost := lost_by(tokenizer):
+            logger.warning(
+                "%s: the tokenizer changes text, the model never sees these as they are: %s",
+                config.tokenizer.path,
+                ", ".join(lost),
+            )
+        tokenizer.save(unfinished)
+    if not folder.exists():
+        unfinished.rename(folder)
     return tokenizer
-
-
-def _batches(documents: Iterable[SplitDocument]) -> Iterator[list[SplitDocument]]:
-    """Group documents into lists of about `BATCH_CHARACTERS`."""
-    batch: list[SplitDocument] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

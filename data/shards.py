@@ -1,11 +1,13 @@
-"""Token shards: flat files of token ids that are memory-mapped, an index of documents, and `meta.json`."""
+"""Token shards: flat files of token ids that are read in places, an index of documents, and `meta.json`."""
 
 import hashlib
 import json
-from array import array
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ from dash_train.data.tokenizer import Tokenizer
 FORMAT_VERSION = 1
 INDEX = "documents.bin"
 META = "meta.json"
+RUN = 256  # documents that are found together
+SCAN = 2**18  # documents of the index that are read at a time
+OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -67,31 +72,45 @@ class ShardWriter:
         self.tokenizer = tokenizer
         self.sources = sources
         self.shard_tokens = shard_tokens
-        self.dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        self.dtype = token_type(tokenizer)
         self.documents = self.tokens = self.text_bytes = 0
-        self._index = array("q")  # tokens and source of every document, in turn
+        self._index = _HashedFile(folder / INDEX)  # tokens and source of every document, in turn
         self._shards: list[ShardFile] = []
-        self._open_shard()
+        self._shard = _HashedFile(folder / _shard_name(0))
 
-    def add(self, ids: list[int], source: int, text_bytes: int) -> None:
-        """Append a document as BOS, its tokens, EOS. A document never crosses from one shard into the next."""
-        if self._shard_tokens >= self.shard_tokens:
-            self._close_shard()
-            self._open_shard()
-        tokens = np.array([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], dtype=self.dtype)
-        self._shard.write(tokens.tobytes())
-        self._hash.update(tokens.tobytes())
-        self._shard_tokens += len(tokens)
-        self._index.extend((len(tokens), source))
-        self.documents += 1
+    def add(self, ids: Sequence[int], source: int, text_bytes: int) -> None:
+        """Append a document as BOS, its tokens, EOS."""
+        self.extend(*with_ends([ids], self.tokenizer, self.dtype), source, text_bytes)
+
+    def extend(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], source: int, text_bytes: int) -> None:
+        """Append documents of one source, the tokens of which follow each other.
+
+        A document never crosses from one shard into the next: a shard that is full ends with the document that made
+        it so.
+        """
+        ends = np.cumsum(lengths)
+        begun = 0
+        while begun < len(tokens):
+            room = self.shard_tokens - self._shard_tokens
+            if room <= 0:
+                self._close_shard()
+                self._shard = _HashedFile(self.folder / _shard_name(len(self._shards)))
+                continue
+            end = int(ends[min(int(np.searchsorted(ends, begun + room)), len(ends) - 1)])
+            self._shard.write(tokens[begun:end].tobytes())
+            begun = end
+        self._index.write(np.stack([lengths, np.full_like(lengths, source)], axis=1).tobytes())
+        self.documents += len(lengths)
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
+
+    @property
+    def _shard_tokens(self) -> int:
+        return self._shard.size // np.dtype(self.dtype).itemsize
 
     def close(self) -> ShardsMeta:
         """Finish the last shard, write the index and `meta.json`."""
         self._close_shard()
-        index = self.folder / INDEX
-        index.write_bytes(self._index)
         meta = ShardsMeta(
             format_version=FORMAT_VERSION,
             dtype=self.dtype,
@@ -102,53 +121,150 @@ class ShardWriter:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
-            index=ShardFile(INDEX, index.stat().st_size, hashlib.sha256(self._index).hexdigest()),
+            index=self._index.close(),
             shards=self._shards,
         )
         (self.folder / META).write_text(json.dumps(asdict(meta), indent=1))
         return meta
 
-    def _open_shard(self) -> None:
-        self._shard = (self.folder / _shard_name(len(self._shards))).open("wb")
-        self._hash = hashlib.sha256()
-        self._shard_tokens = 0
-
     def _close_shard(self) -> None:
-        self._shard.close()
-        path = Path(self._shard.name)
-        size = path.stat().st_size
-        self._shards.append(ShardFile(path.name, size, self._hash.hexdigest(), self._shard_tokens))
+        tokens = self._shard_tokens
+        self._shards.append(replace(self._shard.close(), tokens=tokens))
+
+
+class _HashedFile:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> ShardFile:
+        self._file.close()
+        return ShardFile(self.path.name, self.size, self._hash.hexdigest())
+
+
+def token_type(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """Return how the ids of a tokenizer are stored."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def with_ends(
+    documents: Sequence[Sequence[int]], tokenizer: Tokenizer, dtype: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Put the tokens of documents one after the other, each between BOS and EOS; and return how many each has."""
+    lengths = np.array([len(ids) + 2 for ids in documents], dtype=np.int64)
+    tokens = np.empty(int(lengths.sum()), dtype=dtype)
+    ends = np.cumsum(lengths)
+    tokens[ends - lengths], tokens[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
+    for ids, end in zip(documents, ends.tolist(), strict=True):
+        tokens[end - 1 - len(ids) : end - 1] = ids
+    return tokens, lengths
 
 
 class TokenShards:
-    """A split opened for reading. `lengths` and `sources` are int64 `[documents]`; nothing is read until asked for."""
+    """A split opened for reading, in memory that does not grow with it: 8 bytes for every `RUN` documents.
+
+    `source_starts` is int64 `[sources + 1]`, the first document of each source; `source_tokens` is its tokens.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open a folder that `ShardWriter` wrote; a missing or truncated file is a `DataError` that names it."""
         self.meta = read_meta(folder)
         for file in [self.meta.index, *self.meta.shards]:
             check_size(folder / file.name, file.bytes, folder.parent)
-        index = np.fromfile(folder / INDEX, dtype=np.int64).reshape(-1, 2)
-        self.lengths: npt.NDArray[np.int64] = index[:, 0]
-        self.sources: npt.NDArray[np.int64] = index[:, 1]
-        self._shards = [
-            np.memmap(folder / shard.name, dtype=self.meta.dtype, mode="r") for shard in self.meta.shards if shard.bytes
-        ]
-        self._shard_starts = np.cumsum([0] + [shard.tokens for shard in self.meta.shards if shard.bytes])
-        self._starts = np.cumsum(self.lengths) - self.lengths
+        self.folder = folder
+        self.dtype = np.dtype(self.meta.dtype)
+        self._index = _File(folder / INDEX)
+        self._shard_starts = np.cumsum([0] + [shard.tokens for shard in self.meta.shards])
+        self._open_shard = lru_cache(OPEN_FILES)(lambda number: _File(folder / self.meta.shards[number].name))
+        self._scan()
+
+    def _scan(self) -> None:
+        """Read the index once, for the place of every `RUN`-th document and the bounds of the sources."""
+        runs, documents = [], np.zeros(len(self.meta.sources), dtype=np.int64)
+        self.source_tokens = np.zeros(len(self.meta.sources), dtype=np.int64)
+        last = 0
+        for first in range(0, self.meta.documents, SCAN):
+            lengths, sources = self.index(first, first + SCAN)
+            if sources[0] < last or (np.diff(sources) < 0).any() or sources[-1] >= len(documents):
+                raise DataError(f"{self.folder / INDEX}: not in the order of its sources; prepare again")
+            last = sources[-1]
+            here, starts = np.unique(sources, return_index=True)  # sorted already, so it is quick
+            documents[here] += np.diff([*starts, len(sources)])
+            self.source_tokens[here] += np.add.reduceat(lengths, starts)
+            runs.append(np.add.reduceat(lengths, np.arange(0, len(lengths), RUN)))
+        self.source_starts = np.cumsum([0, *documents])
+        self._run_starts = np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *runs]))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of every document: int64 `[documents]`, read whole."""
+        return self.index(0, self.meta.documents)[0]
+
+    @property
+    def sources(self) -> npt.NDArray[np.int64]:
+        """The source of every document: int64 `[documents]`, read whole."""
+        return self.index(0, self.meta.documents)[1]
+
+    @cached_property
+    def whole_index(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The tokens of every document, and the place of the first of each among all tokens; for small splits."""
+        lengths = self.lengths
+        return lengths, np.cumsum(lengths) - lengths
+
+    def index(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the tokens and the sources of documents `first` to `stop`, int64 `[2, documents]`, cut off at the end
+        of the split."""
+        entries = np.frombuffer(self._index.read(16 * first, 16 * (stop - first)), dtype=np.int64)
+        return entries.reshape(-1, 2).T
+
+    def run(self, number: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the tokens of the documents of a run, and the place of the first of each among all tokens."""
+        lengths = self.index(number * RUN, (number + 1) * RUN)[0]
+        return lengths, self._run_starts[number] + np.cumsum(lengths) - lengths
+
+    def read(self, place: int, count: int) -> npt.NDArray[Any]:
+        """Return `count` tokens, which are of one document, from a place among all tokens of the split."""
+        shard = int(np.searchsorted(self._shard_starts, place, side="right")) - 1
+        width = self.dtype.itemsize
+        data = self._open_shard(shard).read((int(place) - int(self._shard_starts[shard])) * width, int(count) * width)
+        return np.frombuffer(data, dtype=self.dtype)
 
     def tokens(self, document: int, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the tokens `start` to `stop` of a document, cut off at its end."""
-        first = self._starts[document]
-        shard = int(np.searchsorted(self._shard_starts, first, side="right")) - 1
-        first -= self._shard_starts[shard]
-        stop = min(stop, int(self.lengths[document]))
-        return self._shards[shard][first + start : first + stop].astype(np.int64)
+        run, place = divmod(int(document), RUN)
+        lengths, places = self.run(run)
+        return self.read(places[place] + start, min(stop, int(lengths[place])) - start).astype(np.int64)
 
     def digest(self) -> str:
         """Return one hash over the contents of all files."""
         hashes = [file.sha256 for file in [self.meta.index, *self.meta.shards]]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+class _File:
+    """A file that is read in places, by several threads at once. Mapped memory would count as the process's own."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, place: int, size: int) -> bytes:
+        """Return `size` bytes from a place on, fewer at the end of the file."""
+        data = os.pread(self._descriptor, size, place)
+        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), place + len(data))):
+            data += more  # one call gives at most 2 GiB
+        return data
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
 
 def _shard_name(number: int) -> str:

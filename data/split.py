@@ -25,7 +25,7 @@ def split_documents(
     waiting: list[tuple[float, str, int]] = []  # until both splits have a document
     lowest, highest = 1.0, 0.0  # hashes: equal ones are copies of one text
     for text, source in documents:
-        waiting.append((_uniform(text, seed), text, source))
+        waiting.append((uniform(text, seed), text, source))
         lowest, highest = min(lowest, waiting[-1][0]), max(highest, waiting[-1][0])
         if lowest < validation_fraction <= highest:
             for number, text, source in waiting:
@@ -42,7 +42,12 @@ def split_documents(
             yield SplitDocument(text, source, "validation" if number == lowest else "train")
 
 
-def _uniform(text: str, seed: int) -> float:
+def is_held_out(text: str, seed: int, validation_fraction: float) -> bool:
+    """Whether a document of a corpus that is not tiny is held out: `split_documents` says the same of it."""
+    return uniform(text, seed) < validation_fraction
+
+
+def uniform(text: str, seed: int) -> float:
     """Hash a text to [0, 1)."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, salt=seed.to_bytes(8, "little", signed=True)).digest()
     return int.from_bytes(digest, "little") / 2**64

@@ -12,8 +12,9 @@ from dash_train.kernels.dash.checks import (
     check_same_kind,
     check_shape,
 )
+from dash_train.kernels.dash.chunk_lists import ChunkLists
+from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.decode import use_triton
-from dash_train.kernels.dash.stages import ChunkLists, DashConfig
 
 CHUNK_SIZE = 64
 
@@ -54,7 +55,7 @@ def full_decode(
         check_shape("lists", lists.chunks, batch=batch, kv_heads=kv_heads, chunks=-(-capacity // CHUNK_SIZE))
     check_choice("backend", backend, BACKENDS)
     if use_triton("full_decode", backend, q, (q, k_cache, v_cache), CHUNK_SIZE):
-        from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.decode_attend import attend_lists  # triton, which only this backend needs
 
         lists = lists or list_all_chunks(lengths, capacity, kv_heads)
         return attend_lists(q, k_cache, v_cache, lists, DashConfig(CHUNK_SIZE, 1.0, "none", 1.0))

@@ -3,11 +3,19 @@
 python launch/export.py runs/quickstart exports/quickstart [--step 500]
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from dash_train.command import command_parser, run_command
-from dash_train.export import export_run
+from dash_train.huggingface.export import export_run
+
+
+def build_parser() -> ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="the folder to write; it must be new or empty")
+    parser.add_argument("--step", type=int, help="export this step's checkpoint (default: the newest)")
+    return parser
 
 
 def main(args: Namespace) -> None:
@@ -16,8 +24,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_parser(__doc__)
-    parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="the folder to write; it must be new or empty")
-    parser.add_argument("--step", type=int, help="export this step's checkpoint (default: the newest)")
-    run_command(main, parser)
+    run_command(main, build_parser())

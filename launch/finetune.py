@@ -3,12 +3,16 @@
 deepspeed launch/finetune.py recipes/finetune.yaml [key.sub=value ...]
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 from dash_train.command import recipe_parser, run_command
 from dash_train.errors import UserError
-from dash_train.recipe import load_recipe
-from dash_train.trainer import Trainer
+from dash_train.recipe.load import load_recipe
+from dash_train.training.trainer import Trainer
+
+
+def build_parser() -> ArgumentParser:
+    return recipe_parser(__doc__)
 
 
 def main(args: Namespace) -> None:
@@ -19,4 +23,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, recipe_parser(__doc__))
+    run_command(main, build_parser())

@@ -1,18 +1,48 @@
-"""Continue prompts with a trained model: an export, a run, or a Llama, Mistral or Qwen3 folder. One prompt streams;
-several print when all are done. The last line says how fast it was, how much of the cache was read, and how sure it is.
+"""Continue prompts with a trained model: an export, a run, or a Llama, Mistral or Qwen3 folder.
+
+One prompt streams; several print when all are done. The last line says how fast it was, how much of the cache was read,
+and how sure it is.
 
 python launch/generate.py exports/quickstart --prompt "def main(" [--max-new-tokens 256 --temperature 0.8 --top-p 0.95]
     [--decode vattention --epsilon 0.05 --delta 0.05] [--routing-every 1]
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from dash_train.command import command_parser, run_command
-from dash_train.decode_options import add_decode_options, decoding_of
-from dash_train.decode_report import DecodeReport
-from dash_train.generation import generate_text, read_prompts_file
-from dash_train.trained import load_trained
+from dash_train.inference.decode_report import DecodeReport
+from dash_train.inference.generation import generate_text, read_prompts_file
+from dash_train.inference.options import add_decode_options, decoding_of
+from dash_train.inference.trained import load_trained
+
+
+def build_parser() -> ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "model", type=Path, help="an exported folder, a run, or a folder of a Llama, Mistral or Qwen3 model"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue; better without a space at its end, where words begin")
+    prompt.add_argument("--prompts-file", type=Path, help='a file of prompts, one a line; .jsonl: of {"prompt": ...}')
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, help="most tokens to add to a prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="temperature of the samples; 0 takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens that together have this probability (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: %(default)s)")
+    add_decode_options(parser)
+    return parser
 
 
 def main(args: Namespace) -> None:
@@ -47,16 +77,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_parser(__doc__)
-    parser.add_argument(
-        "model", type=Path, help="an exported folder, a run, or a folder of a Llama, Mistral or Qwen3 model"
-    )
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue; better without a space at its end, where words begin")
-    prompt.add_argument("--prompts-file", type=Path, help='a file of prompts, one a line; .jsonl: of {"prompt": ...}')
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    add_decode_options(parser)
-    run_command(main, parser)
+    run_command(main, build_parser())

@@ -6,12 +6,25 @@ Several runs: their losses over each other, the differences, and the gradients t
 python launch/plot.py runs/one runs/other [--window 20] --out comparison.png
 """
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from dash_train.command import command_parser, run_command
-from dash_train.comparison import compare_runs
-from dash_train.plot import plot_run
+from dash_train.tracking.comparison import compare_runs
+from dash_train.tracking.plot import plot_run
+
+
+def build_parser() -> ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="a run folder, or several")
+    parser.add_argument("--out", type=Path, help="the PNG to write (default: loss.png in the run folder, or here)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=20,
+        help="several runs: steps over which losses are averaged (default: %(default)s)",
+    )
+    return parser
 
 
 def main(args: Namespace) -> None:
@@ -24,8 +37,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_parser(__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="a run folder, or several")
-    parser.add_argument("--out", type=Path, help="the PNG to write (default: loss.png in the run folder, or here)")
-    parser.add_argument("--window", type=int, default=20, help="several runs: steps over which losses are averaged")
-    run_command(main, parser)
+    run_command(main, build_parser())

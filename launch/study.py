@@ -9,15 +9,39 @@ Run the same command again to go on: runs that are done are left alone, those th
 import math
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from dash_train.benchmark.report import write_json
 from dash_train.command import command_parser, run_command
-from dash_train.study import Launcher, Run, alone, load_study, study_runs
-from dash_train.study_results import draw, study_results, table
+from dash_train.study.results import draw, study_results, table
+from dash_train.study.runs import Launcher, Run, alone, load_study, study_runs
 
 STARTED = time.monotonic()
+
+
+def build_parser() -> ArgumentParser:
+    parser = command_parser(__doc__)
+    parser.add_argument("study", type=Path, help="a study (YAML), as in recipes/study")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="values that replace the study's, for all variants"
+    )
+    parser.add_argument(
+        "--per-gpu", type=int, default=1, help="runs at a time on each GPU (or the CPU) (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds after which runs are stopped, with a checkpoint each (default: none)"
+    )
+    parser.add_argument(
+        "--alone",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="when all runs are done, time each variant for so many steps, alone on a GPU (default: 0, not at all)",
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write the results to, beside printing them")
+    parser.add_argument("--figure", type=Path, help="PNG to draw the results to")
+    return parser
 
 
 def main(args: Namespace) -> None:
@@ -41,12 +65,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_parser(__doc__)
-    parser.add_argument("study", type=Path, help="a study (YAML), as in recipes/study")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace the study's for all variants")
-    parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or the CPU)")
-    parser.add_argument("--time-limit", type=float, help="seconds after which runs are stopped")
-    parser.add_argument("--alone", type=int, default=0, metavar="STEPS", help="then time each variant, alone on a GPU")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--figure", type=Path, help="also draw them to this PNG")
-    run_command(main, parser)
+    run_command(main, build_parser())

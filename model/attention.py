@@ -43,9 +43,9 @@ class Attention(nn.Module):
         self.watch: Callable[[tuple[Tensor, ...], Callable[[Tensor], Tensor], dict[str, Any]], None] | None = None
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         std, residual_std = config.init_std, config.init_std / (2 * config.layers) ** 0.5
-        self.q_proj = Linear(config.hidden_size, heads * head_dim, std)
-        self.k_proj = Linear(config.hidden_size, kv_heads * head_dim, std)
-        self.v_proj = Linear(config.hidden_size, kv_heads * head_dim, std)
+        self.q_proj = Linear(config.hidden_size, heads * head_dim, std, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * head_dim, std, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * head_dim, std, config.qkv_bias)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, residual_std)
         if config.qk_norm:
             self.q_norm = RMSNorm(head_dim, eps=config.norm_eps)
@@ -98,7 +98,8 @@ class Attention(nn.Module):
         q, k = self._heads(self.q_proj, hidden), self._heads(self.k_proj, hidden)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, k, *rotary)
+        if self.layer not in self.config.nope_layers:
+            q, k = apply_rotary(q, k, *rotary)
         sent_k, sent_q = context.send_keys(k), context.send_queries(q)
         return sent_q.receive(), sent_k.receive(), sent_v.receive()
 
@@ -132,7 +133,7 @@ class Attention(nn.Module):
             "document_starts": document_starts,
             "query_starts": query_starts,
             "backend": backend,
-            **self._routing(),
+            **self.routing(),
         }
         with attention_of_block():
             out, stats = dash_attention(
@@ -142,7 +143,7 @@ class Attention(nn.Module):
             self.watch((q, k, v, chunk_query, out), make_router_q, options)
         return out, stats.counts
 
-    def _routing(self) -> dict[str, Any]:
+    def routing(self) -> dict[str, Any]:
         """How this layer routes: keywords of dash_attention and dash_decode alike."""
         attention = self.config.attention
         return {
@@ -165,7 +166,7 @@ class Attention(nn.Module):
             memory.summaries[:, start // chunk_size : stop // chunk_size] = new
         if self.attention_type == "full" or cache.decoding.mode == "full":
             return full_attention(q, keys, values, None, (start,))
-        router_q, routing = None, {**self._routing(), "routing_block": self.routing_block}
+        router_q, routing = None, {**self.routing(), "routing_block": self.routing_block}
         if memory.routing is not None:
             assert memory.summaries is not None
             before = memory.routing.queries_before(start)
@@ -203,7 +204,7 @@ class Attention(nn.Module):
             chunk_size=self.config.attention.chunk_size,
             routing_block=block,
         )
-        routing = {**self._routing(), "routing_block": block} if self.attention_type == "dash" else None
+        routing = {**self.routing(), "routing_block": block} if self.attention_type == "dash" else None
         return attend_step(q[:, 0], cache, self.layer, routing)[:, None]
 
     def _summary_query(self, k: Tensor) -> Tensor:

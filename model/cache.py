@@ -1,6 +1,6 @@
 """The KV cache of a batch of rows, each with its own length, and what decoding over it did."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dash_train.kernels.dash import RoutingState
-from dash_train.kernels.dash.stages import ChunkLists
+from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.full import list_all_chunks
 from dash_train.model.config import ModelConfig
 
@@ -77,6 +77,7 @@ class Cache:
     seeds: Tensor | None = None  # [layers, batch] int64, of the step in progress (vattention)
     all_chunks: ChunkLists | None = None  # of the step in progress, once a layer attends to everything
     measures_routing: bool = True  # whether dash steps count in `totals`, by a few small kernels a layer
+    attend_all: Callable[[Tensor, int], Tensor] | None = None  # (q, layer) -> out, in place of our full attention
 
     @classmethod
     def allocate(
@@ -167,7 +168,7 @@ class Cache:
         return self.all_chunks
 
     def last(self, hidden: Tensor) -> Tensor:
-        """Of the hidden states `[batch, seq, hidden_size]` just computed, those of each row's last real token."""
+        """The hidden state of each row's last real token, of `[batch, seq, hidden_size]` just computed."""
         if hidden.shape[1] == 1:
             return hidden
         return hidden[torch.arange(len(hidden), device=hidden.device), self.lengths - 1][:, None]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dash_train.kernels.dash import find_routing_scale, sample_blocks
 from dash_train.model.config import ModelConfig
-from dash_train.model.rotary import rotary_tables
 from dash_train.model.transformer import Block, LanguageModel
 
 SAMPLE = 2**14  # routing blocks of all rows together that a search looks at, where there are more
@@ -66,14 +65,14 @@ class _Rows:
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
         self.inputs = self.transformer.row_inputs(tokens, document_starts, real, self.context)
-        hidden = self.transformer.embed_tokens(self.inputs.tokens)
+        hidden = self.transformer.embed(self.inputs.tokens)
         memory = self.transformer.host_memory
         self.hidden = memory.buffer_like(hidden).copy_(hidden) if memory else hidden
 
     def block_inputs(self) -> tuple[Any, ...]:
         """The arguments of the next block."""
         tokens, positions, real, document_starts, mask = self.inputs
-        rotary = rotary_tables(positions, self.transformer.config)
+        rotary = self.transformer.rotary(positions, document_starts)
         return self.hidden.to(tokens.device), rotary, document_starts, real, mask, None, self.context
 
     def pass_through(self, block: Block) -> None:

@@ -2,18 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dash_train.recipe.section import PositiveFloat, PositiveInt, Section
 
 AttentionType = Literal["dash", "full"]
 ActivationCheckpointing = Literal["none", "full", "selective"]
-PositiveFloat = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A recipe section: unknown keys are refused, and values are checked again when they change."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
 class AttentionConfig(Section):
@@ -50,47 +44,79 @@ class AttentionConfig(Section):
 
 
 class RopeScaling(Section):
-    type: Literal["linear", "yarn", "llama3"]
+    type: Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
     """How rotary frequencies are stretched to a longer context."""
     factor: Annotated[float, Field(ge=1)]
     """New context length over the original one."""
-    original_seq: Annotated[int, Field(gt=0)]
+    original_seq: PositiveInt
     """Context length the weights were trained at (`original_max_position_embeddings`)."""
+    attention_factor: PositiveFloat | None = None
+    """YaRN, LongRoPE: factor on queries and keys; null follows from `factor`, as in their papers."""
     beta_fast: float = 32.0
     """YaRN: dimensions that turn more often than this over `original_seq` are left alone."""
     beta_slow: float = 1.0
     """YaRN: dimensions that turn less often than this over `original_seq` are interpolated."""
+    truncate: bool = True
+    """YaRN: round the ends of the ramp between the two to whole dimensions."""
     low_freq_factor: PositiveFloat = 1.0
     """Llama 3: wavelengths above original_seq / low_freq_factor are interpolated."""
     high_freq_factor: PositiveFloat = 4.0
     """Llama 3: wavelengths below original_seq / high_freq_factor are left alone."""
+    short_factor: list[PositiveFloat] | None = None
+    """LongRoPE: divides each frequency while no row is longer than `original_seq`."""
+    long_factor: list[PositiveFloat] | None = None
+    """LongRoPE: divides each frequency as soon as one is."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeScaling":
+        given = self.short_factor is not None, self.long_factor is not None
+        if given != (self.type == "longrope",) * 2:
+            raise ValueError("rope_scaling: type longrope needs short_factor and long_factor, other types have none")
+        if self.attention_factor is not None and self.type not in ("yarn", "longrope"):
+            raise ValueError(f"rope_scaling: type {self.type} has no attention_factor")
+        return self
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the frequencies depend on how long the rows are."""
+        return self.type in ("dynamic", "longrope")
 
 
 class ModelConfig(Section):
-    layers: Annotated[int, Field(gt=0)] = 12
+    layers: PositiveInt = 12
     """Transformer blocks."""
-    hidden_size: Annotated[int, Field(gt=0)] = 768
+    hidden_size: PositiveInt = 768
     """Width of the residual stream."""
-    heads: Annotated[int, Field(gt=0)] = 12
+    heads: PositiveInt = 12
     """Query heads; a multiple of kv_heads."""
-    kv_heads: Annotated[int, Field(gt=0)] = 2
+    kv_heads: PositiveInt = 2
     """Key/value heads."""
     head_dim: Annotated[int, Field(ge=8, le=256, multiple_of=2)] = 64
     """Width of a head."""
-    mlp_size: Annotated[int, Field(gt=0)] = 2048
+    mlp_size: PositiveInt = 2048
     """Inner width of the SwiGLU MLP."""
-    vocab_size: Annotated[int, Field(gt=0)] | None = None
+    vocab_size: PositiveInt | None = None
     """Rows of the embedding; null takes the tokenizer's size, rounded up to a multiple of 64."""
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE (as in Qwen3)."""
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have a bias (as in Qwen2)."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Stretches RoPE to a longer context than the weights were trained at; null (the default) leaves it alone."""
+    nope_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Layers, counted from 0, without RoPE (as in SmolLM3)."""
+    embedding_scale: PositiveFloat = 1.0
+    """Factor on the embeddings (as in MiniCPM)."""
+    residual_scale: PositiveFloat = 1.0
+    """Factor on what attention and MLP add to the residual stream (as in MiniCPM)."""
+    logits_scale: PositiveFloat = 1.0
+    """Factor on the logits (as in MiniCPM)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 layers)."""
     attention: AttentionConfig = AttentionConfig()
@@ -104,6 +130,15 @@ class ModelConfig(Section):
             value = getattr(self.attention, name)
             if isinstance(value, list) and len(value) != self.layers:
                 raise ValueError(f"attention.{name} lists {len(value)} values for {self.layers} layers")
+        if beyond := [layer for layer in self.nope_layers if layer >= self.layers]:
+            raise ValueError(f"nope_layers: there is no layer {beyond[0]}, layers are 0 to {self.layers - 1}")
+        scaling = self.rope_scaling
+        for factors in (scaling.short_factor, scaling.long_factor) if scaling else ():
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope_scaling: short_factor and long_factor need {self.head_dim // 2} values each, half of "
+                    f"head_dim; found {len(factors)}"
+                )
         return self
 
     def attention_type(self, layer: int) -> AttentionType:

@@ -47,7 +47,7 @@ class Context:
         return rows if self.method == "ulysses" else self.share(rows)
 
     def own_heads(self, per_kv_head: Tensor) -> Tensor:
-        """Of a tensor `[kv_heads, ...]`, the KV heads that attend on this rank."""
+        """The KV heads of a tensor `[kv_heads, ...]` that attend on this rank."""
         return per_kv_head if self.method == "gather" else per_kv_head.chunk(self.size)[self.rank]
 
     def add_up(self, counts: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class AllToAll:
 
 
 class Gather(AllToAll):
-    """The same tensor goes to every rank; its gradient is the sum of those that come back.
+    """Sends a tensor to every rank; its gradient is the sum of those that come back.
 
     They are sent as they are (bf16, as the kernels give them) and added up by the receiver, in fp32 and rounded once:
     the bytes of a reduce-scatter in bf16 with the accuracy of one in fp32.

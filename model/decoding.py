@@ -27,6 +27,8 @@ def attend_step(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | N
 
 def attend_everything(q: Tensor, cache: Cache, layer: int) -> Tensor:
     """Full attention of q `[batch, heads, head_dim]` over a layer's cache."""
+    if cache.attend_all is not None:
+        return cache.attend_all(q, layer)
     memory = cache.layers[layer]
     return full_decode(q, memory.keys, memory.values, cache.lengths, lists=cache.list_all_chunks())
 

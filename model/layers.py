@@ -9,14 +9,16 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """A projection without bias; weight ~ normal(0, std)."""
+    """A projection; weight ~ normal(0, std), bias (if any) 0."""
 
-    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
         self.std = std  # before the parent's constructor, which calls reset_parameters
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         nn.init.normal_(self.weight, std=self.std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):

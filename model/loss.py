@@ -82,7 +82,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor, with_gradient
 
 
 def _cross_entropy_by_liger(logits: Tensor, labels: Tensor, losses: Tensor, with_gradient: bool) -> Tensor | None:
-    """The same; the gradient overwrites the logits."""
+    """_cross_entropy by Liger's kernel; the gradient overwrites the logits."""
     from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
 
     tokens, vocab = logits.shape

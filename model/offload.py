@@ -85,7 +85,7 @@ class Offload:
 
     @contextmanager
     def of(self, hidden: Tensor) -> Iterator[None]:
-        """Where autograd saves `hidden` in this context, it saves it in host memory."""
+        """A context in which autograd saves `hidden` in host memory."""
         address = hidden.data_ptr()
 
         def pack(tensor: Tensor) -> Any:

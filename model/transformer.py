@@ -48,6 +48,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.residual_scale = config.residual_scale
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
@@ -65,7 +66,7 @@ class Block(nn.Module):
         """The next hidden states `[batch, seq, hidden_size]`, and what a Dash layer routed (None with a cache)."""
         normed = self.input_layernorm(hidden)
         attended, counts = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
-        hidden = hidden + attended
+        hidden = torch.add(hidden, attended, alpha=self.residual_scale)
         del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
         return self._add_mlp_in_pieces(hidden), counts
 
@@ -82,7 +83,7 @@ class Block(nn.Module):
         return torch.cat([run(piece) for piece in hidden.split(MLP_TOKENS, dim=1)], dim=1)
 
     def _add_mlp(self, hidden: Tensor) -> Tensor:
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return torch.add(hidden, self.mlp(self.post_attention_layernorm(hidden)), alpha=self.residual_scale)
 
 
 class RowInputs(NamedTuple):
@@ -161,8 +162,8 @@ class Transformer(nn.Module):
         context: Context = WHOLE_ROWS,
     ) -> tuple[Tensor, list[RoutingCounts | None]]:
         """Hidden states after the last block, and what each block's router did."""
-        rotary = rotary_tables(positions, self.config)
-        hidden = self.embed_tokens(tokens)
+        rotary = self.rotary(positions, document_starts, cache)
+        hidden = self.embed(tokens)
         offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
         counts = []
         for index, block in enumerate(self.layers):
@@ -172,6 +173,25 @@ class Transformer(nn.Module):
                 hidden, layer_counts = run_block(block, inputs, self.activation_checkpointing)
             counts.append(layer_counts)
         return hidden, counts
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What goes into the first block, `[batch, seq, hidden_size]`."""
+        hidden = self.embed_tokens(tokens)
+        return hidden if self.config.embedding_scale == 1 else hidden * self.config.embedding_scale
+
+    def rotary(
+        self, positions: Tensor, document_starts: Tensor | None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions `[1 or batch, seq]` of rows whose documents begin at `document_starts`, or of the
+        piece of prompts or the step for which a cache has been made ready."""
+        longest = None
+        if self.config.rope_scaling is not None and self.config.rope_scaling.by_length:
+            if cache is not None:
+                longest = cache.lengths.max()
+            elif document_starts is not None:
+                index = torch.arange(document_starts.shape[1], device=document_starts.device)
+                longest = (index - document_starts).max() + 1
+        return rotary_tables(positions, self.config, longest)
 
     def _statistics(
         self,
@@ -256,6 +276,8 @@ class LanguageModel(nn.Module):
         """
         context = WHOLE_ROWS if labels is None or cache is not None else self.context
         hidden, statistics = self.model(tokens, document_starts, real, cache, context)
+        if self.config.logits_scale != 1:
+            hidden = hidden * self.config.logits_scale
         if labels is None:
             return {"logits": self.lm_head(hidden if cache is None else cache.last(hidden))}
         loss, token_losses = self.lm_head(hidden, context.share(labels))

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dash_train.benchmark.captured import LayerInputs, captured_layers
 from dash_train.benchmark.context import context_row
 from dash_train.benchmark.timing import extra_memory, kernel_times, milliseconds
+from dash_train.distributed.world import init_world
 from dash_train.errors import UserError
-from dash_train.parallel import init_world
 
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 DENSITY_TOLERANCE = 0.05  # relative
@@ -51,19 +51,42 @@ class AttentionCase:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py attention`."""
-    parser.add_argument("--seq", type=int, default=32768)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--routing-block", type=int, default=1)
-    parser.add_argument("--routing-window", type=int, help="(default: the routing block)")
-    parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--union", type=float, help="wanted union factor (default: queries without any locality)")
-    parser.add_argument("--captured", type=Path, help="time the Dash layers of a model instead: a file of `capture`")
-    parser.add_argument("--backward", action="store_true", help="forward and backward pass together (--captured: both)")
-    parser.add_argument("--no-peers", action="store_true", help="ours alone, where full attention would take minutes")
+    parser.add_argument("--seq", type=int, default=32768, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="KV heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="numbers of a head (default: %(default)s)")
+    parser.add_argument("--chunk-size", type=int, default=64, help="tokens of a chunk (default: %(default)s)")
+    parser.add_argument(
+        "--routing-block", type=int, default=1, help="tokens that share a choice of chunks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--routing-window", type=int, help="queries whose mean chooses for a routing block (default: the routing block)"
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.25,
+        help="share of the eligible chunks that a token is routed to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--union",
+        type=float,
+        help="union factor that the made-up queries shall have (default: queries without any locality)",
+    )
+    parser.add_argument(
+        "--captured",
+        type=Path,
+        help="time the Dash layers of a model on its own queries, keys and values: a file that `capture` wrote",
+    )
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="time forward and backward pass together, not the forward pass alone (--captured always times both)",
+    )
+    parser.add_argument(
+        "--no-peers", action="store_true", help="time no full attention, which takes minutes on very long rows"
+    )
 
 
 def run(args: argparse.Namespace) -> Row:

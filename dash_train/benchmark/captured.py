@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dash_train.benchmark.populations import Problem
 from dash_train.errors import UserError
+from dash_train.inference.trained import load_trained
 from dash_train.kernels.dash import chunk_summaries, dash_attention, router_queries
-from dash_train.kernels.dash.stages import DashConfig, Rows, group_heads, log_prior, route_rows, whole_chunks
+from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.reference.stages import Rows, group_heads, log_prior, route_rows, whole_chunks
 from dash_train.model.attention import Attention
 from dash_train.model.loss import IGNORE
 from dash_train.model.transformer import LanguageModel
-from dash_train.trained import load_trained
 
 CONTEXTS = (4096, 8192, 16384)
 QUERIES = 64  # of a layer, row and head: the positions CONTEXT - 1, CONTEXT - 1 - STRIDE, ...
@@ -50,12 +51,12 @@ class LayerInputs(NamedTuple):
         return dash_attention(q, k, v, chunk_query, router_q=router_q, query_starts=query_starts, **more)
 
     def leaves(self) -> "LayerInputs":
-        """Those of a Dash layer, to be differentiated with respect to `tensors()`."""
+        """A Dash layer's inputs again, to be differentiated with respect to `tensors()`."""
         q, k, v, chunk_query = (t.detach().requires_grad_() for t in self.tensors())
         return self._replace(q=q, k=k, v=v, chunk_query=chunk_query)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of a Dash layer: q, k, v and chunk_query."""
+        """A Dash layer's q, k, v and chunk_query."""
         assert self.chunk_query is not None
         return self.q, self.k, self.v, self.chunk_query
 
@@ -66,10 +67,12 @@ class LayerInputs(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py capture`."""
-    parser.add_argument("--model", type=Path, required=True, help="an export, a run folder or a checkpoint")
+    parser.add_argument("--model", type=Path, required=True, help="the model: an export, a run folder or a checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="a text of at least ROWS x SEQ tokens")
-    parser.add_argument("--seq", type=int, default=8192, help="tokens a row")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=8192, help="tokens of a row (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=4, help="rows of the text that the model reads (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
 
 
@@ -109,7 +112,7 @@ def capture(model: LanguageModel, rows: Tensor, path: Path) -> None:
 def _routing(attention: Attention) -> dict[str, Any]:
     """How a Dash layer routes: keywords of dash_attention, and the window."""
     blocks = {"routing_block": attention.routing_block, "routing_window": attention.routing_window}
-    return {**attention._routing(), **blocks}
+    return {**attention.routing(), **blocks}
 
 
 def captured_layers(path: Path, device: str) -> Iterator[LayerInputs]:

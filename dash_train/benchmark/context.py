@@ -5,9 +5,9 @@ from torch import Tensor
 
 from dash_train.benchmark.captured import LayerInputs
 from dash_train.benchmark.timing import extra_memory, milliseconds
+from dash_train.distributed.world import World, join_context, max_over_ranks
 from dash_train.model.context import WHOLE_ROWS, Context
-from dash_train.parallel import World, join_context, max_over_ranks
-from dash_train.recipe import ParallelConfig
+from dash_train.recipe.schema import ParallelConfig
 
 
 def context_row(world: World, inputs: LayerInputs) -> dict[str, float]:

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of every (query, head) pair of a call, flat."""
+    """What vAttention did for every (query, head) pair of a call, flat."""
 
     error: Tensor  # relative to max(|o|, c rms(v)), or of the denominator
     plain_error: Tensor  # relative to |o|
@@ -46,20 +46,62 @@ class Outcome(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py coverage`."""
     parser.add_argument(
-        "--captured", type=Path, help="measure on a model's queries, keys and values: a file of `capture`"
+        "--captured",
+        type=Path,
+        help="measure on a model's queries, keys and values: a file that `capture` wrote; the other inputs are made up",
     )
-    parser.add_argument("--populations", nargs="+", choices=POPULATIONS, default=POPULATIONS, help="(synthetic)")
-    parser.add_argument("--pairs", type=int, default=2048, help="(query, head) pairs a cell (synthetic)")
-    parser.add_argument("--context", type=int, default=32768, help="keys a query (synthetic)")
-    parser.add_argument("--heads", type=int, default=4, help="of the one KV head (synthetic)")
-    parser.add_argument("--head-dim", type=int, default=64, help="(synthetic)")
-    parser.add_argument("--off-axis", type=float, default=0.1, help="how loose page bounds are (synthetic)")
-    parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--heavy", type=float, default=0.05)
-    parser.add_argument("--base-sample", type=int, default=512)
-    parser.add_argument("--value-floor", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--populations",
+        nargs="+",
+        choices=POPULATIONS,
+        default=POPULATIONS,
+        help="made-up inputs: which populations of keys and values (default: all)",
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=2048, help="made-up inputs: (query, head) pairs of a cell (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=32768, help="made-up inputs: keys of a query (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--heads", type=int, default=4, help="made-up inputs: query heads of the one KV head (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=64, help="made-up inputs: numbers of a head (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--off-axis",
+        type=float,
+        default=0.1,
+        help="made-up inputs: keys' spread off the query's direction, which loosens bounds (default: %(default)s)",
+    )
+    parser.add_argument("--chunk-size", type=int, default=64, help="tokens of a chunk (default: %(default)s)")
+    parser.add_argument(
+        "--heavy",
+        type=float,
+        default=0.05,
+        help="vattention: share of the chunks that is read for certain, by their summaries (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--base-sample",
+        type=int,
+        default=512,
+        help="vattention: tokens of the first sample, which estimates the variance (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--value-floor",
+        type=float,
+        default=0.1,
+        help="vattention: errors are relative to |o|, but at least to so many rms of the values (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the made-up inputs and the samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to compute on (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -78,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def synthetic_problems(name: str, args: argparse.Namespace) -> Iterator[Problem]:
-    """As many as give args.pairs pairs."""
+    """Problems with made-up inputs, as many as give args.pairs pairs."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     rows = math.ceil(args.pairs / args.heads)
     for _ in range(0, rows, BLOCK_ROWS):

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dash_train.benchmark.timing import captured, extra_memory, kernel_times, milliseconds
 from dash_train.errors import UserError
 from dash_train.kernels.dash import RoutingState, append_token, dash_decode
-from dash_train.kernels.dash.decode_routing import route_newest
-from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.summaries import summarize_chunks
+from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.triton.decode_routing import route_newest
+from dash_train.kernels.dash.triton.summaries import summarize_chunks
 
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 DENSITY_TOLERANCE = 0.05  # relative
@@ -44,7 +44,7 @@ class DecodeCase:
 
     @property
     def eligible_chunks(self) -> int:
-        """Of each newest token."""
+        """Chunks before the newest token's own."""
         return (self.context - 1) // self.chunk_size
 
     @property
@@ -65,23 +65,59 @@ class Inputs:
     state: RoutingState
 
 
+VATTENTION_OPTIONS: tuple[tuple[str, float | int, str], ...] = (
+    ("epsilon", 0.05, "relative error"),
+    ("delta", 0.05, "share of the cases in which the error may exceed epsilon"),
+    ("heavy", 0.05, "share of the chunks that is read for certain, by their summaries"),
+    ("max-sample", 0.5, "largest share of the other tokens to sample; beyond it all are read"),
+    ("base-sample", 512, "tokens of the first sample, which estimates the variance"),
+    ("sink", 128, "first tokens that are read for certain"),
+    ("window", 128, "last tokens that are read for certain"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py decode`."""
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--context", type=int, default=131072, help="tokens in the cache, the newest included")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--decode", choices=("full", "dash", "vattention"), default="dash")
-    parser.add_argument("--density", type=float, default=0.05, help="of dash")
-    parser.add_argument("--routing-block", type=int, default=1, help=f"of dash; above 1 {STEPS} steps are averaged")
-    parser.add_argument("--routing-window", type=int, help="of dash (default: the block)")
-    for name, default in (("epsilon", 0.05), ("delta", 0.05), ("heavy", 0.05), ("max-sample", 0.5)):
-        parser.add_argument(f"--{name}", type=float, default=default, help="of vattention")
-    for name, default in (("base-sample", 512), ("sink", 128), ("window", 128)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="of vattention")
-    parser.add_argument("--verify", choices=("output", "denominator"), default="output", help="of vattention")
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=131072, help="tokens in the cache, the newest included (default: %(default)s)"
+    )
+    parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="numbers of a head (default: %(default)s)")
+    parser.add_argument("--chunk-size", type=int, default=64, help="tokens of a chunk (default: %(default)s)")
+    parser.add_argument(
+        "--decode",
+        choices=("full", "dash", "vattention"),
+        default="dash",
+        help="how the newest token attends (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.05,
+        help="dash: share of the eligible chunks that a token is routed to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--routing-block",
+        type=int,
+        default=1,
+        help=f"dash: tokens that share a choice of chunks; above 1 {STEPS} steps are averaged (default: 1)",
+    )
+    parser.add_argument(
+        "--routing-window",
+        type=int,
+        help="dash: queries whose mean chooses for a routing block (default: the routing block)",
+    )
+    for name, default, about in VATTENTION_OPTIONS:
+        meaning = f"vattention: {about} (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
+    parser.add_argument(
+        "--verify",
+        choices=("output", "denominator"),
+        default="output",
+        help="vattention: what the error is measured of (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> Row:
@@ -146,7 +182,7 @@ def _block_step(config: DashConfig, sets: list[Inputs]) -> Callable[[Inputs, int
 
 
 def vattention_row(case: DecodeCase, options: dict[str, Any]) -> tuple[Row, Inputs]:
-    """The same of vattention_decode, on the inputs of the published claims; and its report."""
+    """Times of vattention_decode on inputs like those of the published claims, what it read, and an input."""
     from dash_train.kernels.vattention import vattention_decode
 
     sets = [_plain_inputs(case, seed) for seed in range(_sets(case, 0.1))]

@@ -17,7 +17,7 @@ from dash_train.data.loader import IGNORE
 from dash_train.data.sources import read_documents
 from dash_train.model.calibration import calibrate_routing_scale
 from dash_train.model.transformer import LanguageModel
-from dash_train.totals import Totals
+from dash_train.training.totals import Totals
 
 UNION = (1.2, 1.4)  # where the search for the number of repeats stops
 FIRST_REPEAT = 41

@@ -15,11 +15,11 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_train.conversion import huggingface_config
 from dash_train.errors import UserError
+from dash_train.huggingface.conversion import huggingface_config
 from dash_train.model.config import ModelConfig
-from dash_train.optimizer import parameter_groups
-from dash_train.recipe import OptimizerConfig
+from dash_train.recipe.schema import OptimizerConfig
+from dash_train.training.optimizer import parameter_groups
 
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,

@@ -3,7 +3,6 @@
 import argparse
 import math
 from dataclasses import replace
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_train.benchmark.timing import captured, kernel_times, milliseconds
-from dash_train.decode_report import DecodeReport
+from dash_train.inference.decode_report import DecodeReport
 from dash_train.kernels.dash import chunk_summaries, decode_prior
 from dash_train.model.attention import Attention
 from dash_train.model.cache import Cache, Decoding
@@ -29,20 +28,41 @@ Row = dict[str, float | str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py step`; the defaults are a model of 1.2 billion parameters."""
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--context", type=int, default=131072, help="tokens in the cache")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--mlp-size", type=int, default=5632)
-    parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--density", type=float, default=0.05, help="of every layer; found by bisection")
-    parser.add_argument("--routing-block", type=int, default=1)
-    parser.add_argument("--routing-window", type=int, help="(default: the block)")
-    parser.add_argument("--epsilon", type=float, default=0.05, help="of vattention, in place of full attention")
-    parser.add_argument("--delta", type=float, default=0.05)
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=131072, help="tokens in the cache (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model (default: %(default)s)")
+    parser.add_argument(
+        "--hidden-size", type=int, default=2048, help="numbers of a token between layers (default: %(default)s)"
+    )
+    parser.add_argument("--heads", type=int, default=16, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="KV heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="numbers of a head (default: %(default)s)")
+    parser.add_argument("--mlp-size", type=int, default=5632, help="numbers inside the MLP (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens of the vocabulary (default: %(default)s)")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.05,
+        help="share of the eligible chunks that a layer routes to; its scale is searched (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--routing-block", type=int, default=1, help="tokens that share a choice of chunks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--routing-window", type=int, help="queries whose mean chooses for a routing block (default: the routing block)"
+    )
+    parser.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.05,
+        help="vattention in the full attention's place: relative error (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=0.05,
+        help="vattention: share of the cases in which the error may exceed epsilon (default: %(default)s)",
+    )
 
 
 @torch.no_grad()
@@ -195,7 +215,7 @@ def _measured(model: LanguageModel, cache: Cache, tokens: Tensor, context: int) 
 
 
 def _peer_times(model: LanguageModel, cache: Cache, tokens: Tensor, context: int) -> Row:
-    """The same step with SDPA over all of the context, in place of our full attention; or the error of what fails.
+    """Times of a step with SDPA over all of the context, in place of our full attention; or the error of what fails.
 
     SDPA gets what it is fastest on: a cache of its own, `[batch, kv_heads, context, head_dim]`, filled to its end and
     so without a mask. The group's heads share keys by enable_gqa or as rows of queries.
@@ -206,11 +226,11 @@ def _peer_times(model: LanguageModel, cache: Cache, tokens: Tensor, context: int
 
     caches = [(own_layout(layer.keys), own_layout(layer.values)) for layer in cache.layers]
 
-    def by_gqa(q: Tensor, _cache: Cache, layer: int) -> Tensor:
+    def by_gqa(q: Tensor, layer: int) -> Tensor:
         k, v = caches[layer]
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
-    def by_rows(q: Tensor, _cache: Cache, layer: int) -> Tensor:
+    def by_rows(q: Tensor, layer: int) -> Tensor:
         k, v = caches[layer]
         grouped_q = q.unflatten(1, (k.shape[1], -1))
         return F.scaled_dot_product_attention(grouped_q, k, v).flatten(1, 2)
@@ -219,8 +239,8 @@ def _peer_times(model: LanguageModel, cache: Cache, tokens: Tensor, context: int
     for name, backend in PEERS.items():
         for way in (by_gqa, by_rows):
             try:
-                with patch("dash_train.model.decoding.attend_everything", way), sdpa_kernel(backend):
-                    graph = _graph(model, cache, tokens, context)
+                with sdpa_kernel(backend):
+                    graph = _graph(model, replace(cache, attend_all=way), tokens, context)
                 row[f"full_{name}_{way.__name__}_ms"] = milliseconds(graph.replay)
             except RuntimeError as error:
                 row[f"full_{name}_{way.__name__}_ms"] = str(error).splitlines()[0]

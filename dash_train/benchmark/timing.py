@@ -68,10 +68,9 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.marks: list[tuple[str, Any]] = []
-        self.mark("start")
 
-    def mark(self, phase: str) -> None:
-        """What was queued since the last mark belongs to `phase`."""
+    def enter(self, phase: str) -> None:
+        """What is queued from now on belongs to `phase`."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -80,11 +79,12 @@ class Phases:
             self.marks.append((phase, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase, its parts added up. Waits for the device."""
+        """Seconds of each phase, its parts added up; the last one ends here. Waits for the device."""
+        self.enter("end")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         total: dict[str, float] = {}
-        for (_, begin), (phase, end) in pairwise(self.marks):
+        for (phase, begin), (_, end) in pairwise(self.marks):
             passed = begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
             total[phase] = total.get(phase, 0.0) + passed
         return total

@@ -9,6 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +19,16 @@ from dash_train.benchmark.inputs import Rows, mean, rows_with_locality, set_dens
 from dash_train.benchmark.peer import Peer, PeerOptimizer, peer_attention
 from dash_train.benchmark.report import markdown_table, write_json
 from dash_train.benchmark.timing import Phases
-from dash_train.engine import build_engine, deepspeed_config
+from dash_train.distributed.world import World, init_world, join_context
 from dash_train.errors import UserError
-from dash_train.garbage import frozen_heap
-from dash_train.initial import DTYPES, build_model, resolve_model
-from dash_train.parallel import World, init_world, join_context
-from dash_train.recipe import Recipe, load_recipe
-from dash_train.throughput import Throughput
-from dash_train.totals import Totals
+from dash_train.recipe.load import load_recipe
+from dash_train.recipe.schema import Recipe
+from dash_train.training.engine import build_engine, deepspeed_config
+from dash_train.training.garbage import frozen_heap
+from dash_train.training.initial import DTYPES, build_model, resolve_model
+from dash_train.training.step import optimizer_step, to_device
+from dash_train.training.throughput import Throughput
+from dash_train.training.totals import Totals
 
 LR = 1e-6  # nothing shall be learned: the density is to stay where it was set
 WARM_UP_MICRO_BATCHES = 2  # the second accumulates
@@ -53,18 +56,63 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py train`. Lists are separated by commas."""
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
-    parser.add_argument("--recipe", default="recipes/1b-128k.yaml", help="the model, its optimizer and memory savings")
-    parser.add_argument("--seq", type=_integers, default=[131072], help="tokens of a row, one or several lengths")
-    parser.add_argument("--attention", type=_words("dash", "full"), default=["dash"], help="dash, full or both")
-    parser.add_argument("--density", type=float, help="default: .10; .25 up to 8192 tokens and on text")
-    parser.add_argument("--repeat", type=int, help="times each random token id stands (default: found, U = 1.2 to 1.4)")
-    parser.add_argument("--text", action="store_true", help="the standard library's bytes in place of random ids")
-    parser.add_argument("--steps", type=int, default=2, help="steps that are timed, after a short one that is not")
-    parser.add_argument("--no-warm-up", action="store_true", help="time the first step too: for rows of minutes a step")
-    parser.add_argument("--micro-batch-size", type=int, help="rows at a time on both sides (default: 32768 tokens)")
-    parser.add_argument("--step-tokens", type=int, default=131072, help="tokens a step and GPU; at least a micro-batch")
-    parser.add_argument("--peer", choices=["huggingface"], help="also time transformers' Llama of the same shape")
-    parser.add_argument("--peer-precision", type=_words("fp32-master", "bf16"), default=["fp32-master"])
+    parser.add_argument(
+        "--recipe",
+        default="recipes/1b-128k.yaml",
+        help="recipe of the model, its optimizer and its savings of memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seq",
+        type=_integers,
+        default=[131072],
+        help="tokens of a row, one length or several, separated by commas (default: 131072)",
+    )
+    parser.add_argument(
+        "--attention",
+        type=_words("dash", "full"),
+        default=["dash"],
+        help="attention of the layers: dash, full or both, separated by commas (default: dash)",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        help="share of the eligible chunks that a token is routed to (default: .10; .25 up to 8192 tokens and on text)",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        help="how often each random token id stands in a row (default: searched, so that U is 1.2 to 1.4)",
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="rows of the standard library's bytes in place of random ids"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2,
+        help="steps that are timed, after a short one that is not (default: %(default)s)",
+    )
+    parser.add_argument("--no-warm-up", action="store_true", help="time the first step too, where a step takes minutes")
+    parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        help="rows at a time, ours and the peer's (default: as many as hold 32768 tokens)",
+    )
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=131072,
+        help="tokens of a step and GPU, at least a micro-batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peer", choices=["huggingface"], help="time transformers' Llama of the same shape beside ours"
+    )
+    parser.add_argument(
+        "--peer-precision",
+        type=_words("fp32-master", "bf16"),
+        default=["fp32-master"],
+        help="precision of the peer's weights and moments, one or both, separated by commas (default: fp32-master)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,17 +159,9 @@ class Ours:
 
     def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
         phases = Phases(self.world.device)
-        for _ in range(count):
-            batch = _to_device(next(micro_batches), self.world.device)
-            tokens = _counted_tokens(batch) / self.context.size  # this rank's
-            phases.mark("data")
-            outputs = self.engine(**batch)
-            phases.mark("forward")
-            self.engine.backward(outputs["loss"] / (count * tokens), scale_wrt_gas=False)
-            phases.mark("backward")
-            totals.add(outputs, tokens)
-        self.engine.step()
-        phases.mark("optimizer")
+        phases.enter("data")
+        batch = list(islice(micro_batches, count))
+        optimizer_step(self.engine, batch, self.world, self.context, totals, phases.enter)
         return phases
 
     def close(self) -> None:
@@ -138,16 +178,16 @@ class Theirs:
 
     def step(self, micro_batches: Iterator[dict[str, Tensor]], count: int, totals: Totals) -> Phases:
         phases = Phases(self.device)
+        phases.enter("data")
+        batch = list(islice(micro_batches, count))
         with peer_attention(self.config, self.device):
-            for _ in range(count):
-                batch = _to_device(next(micro_batches), self.device)
-                phases.mark("data")
-                loss = self.model(**batch) / (count * _counted_tokens(batch))
-                phases.mark("forward")
+            for micro in batch:
+                phases.enter("forward")
+                loss = self.model(**to_device(micro, self.device)) / (count * _counted_tokens(micro))
+                phases.enter("backward")
                 loss.backward()
-                phases.mark("backward")
+        phases.enter("optimizer")
         self.optimizer.step()
-        phases.mark("optimizer")
         return phases
 
     def close(self) -> None:
@@ -267,10 +307,6 @@ def _counted_tokens(batch: dict[str, Tensor]) -> int:
     """All but the last of every row."""
     rows, seq = batch["tokens"].shape
     return rows * (seq - 1)
-
-
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dash_train.decode_report import DecodeReport
-from dash_train.decode_step import DecodeStep
 from dash_train.evaluation.subject import Subject
-from dash_train.generation import read_prompts
+from dash_train.inference.decode_report import DecodeReport
+from dash_train.inference.decode_step import DecodeStep
+from dash_train.inference.generation import read_prompts
 
 
 class Forced(NamedTuple):
-    """Of every row and every token of its continuation but the first."""
+    """How well a model foresaw every row's continuation, token by token but for the first."""
 
     losses: Tensor  # [rows, tokens - 1] fp32, on the CPU
     is_likeliest: Tensor  # the same shape, bool: what a greedy generation would have given

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
 from dash_train.evaluation.forced import decode_along
 from dash_train.evaluation.subject import Subject, summary
+from dash_train.inference.decode_report import DecodeReport
 
 STEPS = 64
 FIRST_RANGE = 128
@@ -25,9 +25,15 @@ Range = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The task's options."""
-    parser.add_argument("--length", type=int, help="longest context (default: the one the model was trained on)")
-    parser.add_argument("--documents", type=int, default=16, help="the longest so many are read (default: 16)")
-    parser.add_argument("--batch", type=int, default=4, help="documents that are decoded together (default: 4)")
+    parser.add_argument(
+        "--length", type=int, help="longest context, in tokens (default: the one that the model was trained on)"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=16, help="how many documents to read, the longest first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=4, help="documents that are decoded together (default: %(default)s)"
+    )
     parser.add_argument(
         "--steps",
         type=int,

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from dash_train.data.tokenizer import Tokenizer
-from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
 from dash_train.evaluation.forced import decode_along
 from dash_train.evaluation.subject import Subject, summary
+from dash_train.inference.decode_report import DecodeReport
 
 QUESTION = "\nThe secret number of {name} is"
 NAMES = ("Amber", "Birch", "Cedar", "Dahlia", "Elm", "Fern", "Ginger", "Hazel", "Iris", "Juniper")
@@ -27,16 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         type=int,
         nargs="+",
-        help="tokens of the whole text (default: the trained context's 1/4, 1/2 and 1)",
+        help="tokens of the whole text (default: 1/4, 1/2 and all of the context the model was trained on)",
     )
     parser.add_argument(
         "--depths",
         type=float,
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the needle is, from 0, the start, to 1 (default: 0 .25 .5 .75 1)",
+        help="places of the needle in the text, from 0, its start, to 1 (default: 0 .25 .5 .75 1)",
     )
-    parser.add_argument("--samples", type=int, default=4, help="needles a cell, decoded together (default: 4)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        help="needles of each length and depth, decoded together (default: %(default)s)",
+    )
 
 
 def run(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:

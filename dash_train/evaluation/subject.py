@@ -9,10 +9,10 @@ from dash_train.data import sources
 from dash_train.data.config import SourceConfig
 from dash_train.data.shards import TokenShards
 from dash_train.data.tokenizer import Tokenizer
-from dash_train.decode_report import DecodeReport
 from dash_train.errors import UserError
+from dash_train.inference.decode_report import DecodeReport
+from dash_train.inference.trained import Trained
 from dash_train.model.cache import Cache, Decoding
-from dash_train.trained import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _text_documents(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
 
 def _validation_documents(run_dir: Path) -> list[list[int]]:
     from dash_train.data.prepare import prepare
-    from dash_train.recipe import load_recipe
+    from dash_train.recipe.load import load_recipe
 
     shards = TokenShards(prepare(load_recipe(run_dir / "recipe.yaml").data) / "validation")
     return [shards.tokens(i, 0, int(length)).tolist() for i, length in enumerate(shards.lengths)]

@@ -13,9 +13,9 @@ from dash_train.kernels.dash.checks import (
     check_same_kind,
     check_shape,
 )
+from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.decode import check_cache, route_newest, update_summaries, use_triton
 from dash_train.kernels.dash.routing_state import RoutingState, check_state
-from dash_train.kernels.dash.stages import DashConfig
 from dash_train.kernels.entmax import compute_dtype
 
 
@@ -71,7 +71,7 @@ def append_token(
     check_choice("backend", backend, BACKENDS)
     tensors = tuple(t for t in (q, k, v, k_cache, v_cache, summaries) if t is not None)
     if use_triton("append_token", backend, q, tensors, chunk_size):
-        from dash_train.kernels.dash.decode_append import append_newest  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.decode_append import append_newest  # triton, which only this backend needs
 
         kept = None if state is None else (state.recent_q, state.router_q)
         cache = (k_cache, v_cache, summaries)

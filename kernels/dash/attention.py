@@ -15,8 +15,8 @@ from dash_train.kernels.dash.checks import (
     check_positions,
     check_router,
 )
-from dash_train.kernels.dash.reference import dash_attention_reference
-from dash_train.kernels.dash.stages import DashConfig
+from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.reference.attention import dash_attention_reference
 
 
 def dash_attention(
@@ -80,7 +80,9 @@ def dash_attention(
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.dash.operator import dash_attention_triton  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.operator import (
+            dash_attention_triton,  # triton, which only this backend needs
+        )
 
         out, stats = dash_attention_triton(
             q,

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash import decode_reference
 from dash_train.kernels.dash.attention import triton_obstacle
 from dash_train.kernels.dash.checks import (
     BACKENDS,
@@ -17,13 +16,11 @@ from dash_train.kernels.dash.checks import (
     check_same_kind,
     check_shape,
 )
+from dash_train.kernels.dash.chunk_lists import ChunkLists
+from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.reference import decode as decode_reference
+from dash_train.kernels.dash.reference.stages import summarize, whole_chunks
 from dash_train.kernels.dash.routing_state import RoutingState, check_state
-from dash_train.kernels.dash.stages import (
-    ChunkLists,
-    DashConfig,
-    summarize,
-    whole_chunks,
-)
 
 
 def chunk_summaries(k: Tensor, chunk_query: Tensor, *, chunk_size: int = 64) -> Tensor:
@@ -69,7 +66,9 @@ def update_summaries(
     check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
     check_choice("backend", backend, BACKENDS)
     if use_triton("update_summaries", backend, k_cache, (k_cache, summaries), chunk_size):
-        from dash_train.kernels.dash.summaries import update_chunk_summaries  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.summaries import (
+            update_chunk_summaries,  # triton, which only this backend needs
+        )
 
         return update_chunk_summaries(k_cache, summaries, lengths.contiguous(), chunk_query, chunk_size)
     sequence = torch.arange(k_cache.shape[0], device=k_cache.device)
@@ -139,7 +138,7 @@ def dash_decode(
     on_triton = use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size)
     lists = route_newest(q, summaries, lengths, config, state, on_triton)
     if on_triton:
-        from dash_train.kernels.dash.decode_attend import attend_lists  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.decode_attend import attend_lists  # triton, which only this backend needs
 
         out = attend_lists(q, k_cache, v_cache, lists, config)
     else:
@@ -153,7 +152,7 @@ def route_newest(
     """What the newest tokens attend to, for arguments already checked."""
     router_q, kept = (q, None) if state is None else (state.router_q, state.lists)
     if on_triton:
-        from dash_train.kernels.dash import decode_routing  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton import decode_routing  # triton, which only this backend needs
 
         return decode_routing.route_newest(router_q, summaries, lengths.contiguous(), config, kept)
     return decode_reference.route_newest(router_q, summaries, lengths, config, kept)

@@ -12,10 +12,10 @@ from dash_train.kernels.dash.checks import (
     check_numbers,
     check_shape,
 )
+from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.decode import route_newest, use_triton
-from dash_train.kernels.dash.decode_reference import dense_prior
+from dash_train.kernels.dash.reference.decode import dense_prior
 from dash_train.kernels.dash.routing_state import RoutingState, check_state
-from dash_train.kernels.dash.stages import DashConfig
 
 
 @torch.no_grad()

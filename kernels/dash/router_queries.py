@@ -71,7 +71,7 @@ def router_queries(
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of router_queries {obstacle}: use backend='reference'")
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.dash.router_means import router_means  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.router_means import router_means  # triton, which only this backend needs
 
         return router_means(q, before, document_starts, query_starts, block, window)
     return _means(q, before, document_starts, query_starts, block, window)

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from dash_train.kernels.dash.checks import check_same_kind, check_shape
-from dash_train.kernels.dash.stages import ChunkLists
+from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.entmax import compute_dtype
 
 

@@ -4,6 +4,6 @@ See docs/kernels.md.
 """
 
 from dash_train.kernels.vattention.decode import vattention_decode
-from dash_train.kernels.vattention.reference import VAttentionReport
+from dash_train.kernels.vattention.reference.attention import VAttentionReport
 
 __all__ = ["VAttentionReport", "vattention_decode"]

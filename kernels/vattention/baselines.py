@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dash_train.kernels.entmax import compute_dtype
 from dash_train.kernels.vattention.decode import chunk_means
-from dash_train.kernels.vattention.permutation import sample_key
-from dash_train.kernels.vattention.reference import VAttentionReport, draw_order
+from dash_train.kernels.vattention.reference.attention import VAttentionReport, draw_order
+from dash_train.kernels.vattention.reference.permutation import sample_key
 
 
 def full(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> tuple[Tensor, VAttentionReport]:

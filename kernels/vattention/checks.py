@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dash_train.kernels.dash.checks import check_choice, check_dimensions, check_group, check_same_kind, check_shape
-from dash_train.kernels.vattention.population import VAttentionConfig
+from dash_train.kernels.vattention.reference.population import VAttentionConfig
 
 VERIFY = ("output", "denominator")
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from dash_train.kernels.dash.checks import BACKENDS, check_choice, check_shape
 from dash_train.kernels.dash.decode import chunk_summaries
 from dash_train.kernels.vattention.checks import check_cache, check_chunks, check_config
-from dash_train.kernels.vattention.population import VAttentionConfig, split_population
-from dash_train.kernels.vattention.reference import VAttentionReport, vattention_reference
+from dash_train.kernels.vattention.reference.attention import VAttentionReport, vattention_reference
+from dash_train.kernels.vattention.reference.population import VAttentionConfig, split_population
 
 
 @torch.no_grad()
@@ -88,7 +88,9 @@ def vattention_decode(
     if backend == "triton" and obstacle:
         raise ValueError(f"backend='triton' of vattention_decode {obstacle}: use backend='reference'")
     if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.vattention.pipeline import vattention_triton  # triton, which only this backend needs
+        from dash_train.kernels.vattention.triton.pipeline import (
+            vattention_triton,  # triton, which only this backend needs
+        )
 
         return vattention_triton(q, k_cache, v_cache, lengths, summaries, chunk_bias, bounds, seed, config)[:2]
     if summaries is None:

@@ -17,8 +17,8 @@ from dash_train.benchmark.peer import Peer, PeerOptimizer
 from dash_train.data.loader import IGNORE
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
-from dash_train.optimizer import parameter_groups
-from dash_train.recipe import OptimizerConfig
+from dash_train.recipe.schema import OptimizerConfig
+from dash_train.training.optimizer import parameter_groups
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp_size": 48, "vocab_size": 64}

@@ -34,7 +34,7 @@ def take(
 
 
 def test_a_row_holds_its_pieces_their_labels_and_their_starts(dataset: RowDataset) -> None:
-    shards, packing = dataset.shards, dataset.packing(0)
+    shards, packing = dataset.shards, dataset.epochs.block(0, 0)
     split_documents = 0
     for index in range(dataset.rows(0)):
         row, number = dataset.row(index), packing.order[index]
@@ -132,7 +132,7 @@ def test_an_error_in_the_thread_reaches_the_caller(dataset: RowDataset, monkeypa
     def fail(*_: object) -> None:
         raise OSError("disk gone")
 
-    monkeypatch.setattr(dataset.shards, "tokens", fail)
+    monkeypatch.setattr(dataset.shards, "read", fail)
     with pytest.raises(OSError, match="disk gone"):
         take(dataset, 1)
 

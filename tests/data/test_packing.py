@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 
-from dash_train.data.packing import Packing, best_fit, pack_epoch, permutation
+from dash_train.data import packing
+from dash_train.data.packing import Packing, best_fit, permutation, rows_needed
 
 
-def pack(lengths: list[int], sources: list[int] | None = None, **changes: object) -> Packing:
-    options: dict = {"seq": 64, "chunk_size": 8, "weights": [1.0], "seed": 0, "epoch": 0, **changes}
-    return pack_epoch(np.array(lengths), np.array(sources or [0] * len(lengths)), **options)
+def pack(lengths: list[int]) -> Packing:
+    places = np.cumsum(lengths) - lengths
+    return packing.pack(np.arange(len(lengths)), np.array(lengths), places, seq=64, chunk_size=8, order_key=(0, 0))
 
 
 def covered(packing: Packing) -> list[tuple[int, int]]:
@@ -18,6 +19,8 @@ def covered(packing: Packing) -> list[tuple[int, int]]:
 def test_every_token_appears_once_in_rows_that_hold_whole_chunks() -> None:
     lengths = [1, 7, 8, 9, 63, 64, 65, 129, 200, 3, 3, 3, 40, 30]
     packing = pack(lengths)
+    assert (packing.place == (np.cumsum(lengths) - lengths)[packing.document] + packing.start).all()
+    assert (packing.cut == (packing.start + packing.length < np.array(lengths)[packing.document])).all()
     assert covered(packing) == [(document, token) for document, length in enumerate(lengths) for token in range(length)]
     assert (packing.position % 8 == 0).all()
     assert sorted(packing.order) == list(range(packing.rows))
@@ -42,6 +45,7 @@ def test_best_fit_is_best_fit_decreasing() -> None:
                 used.append(size)
         assert sorted(np.bincount(row, weights=sizes)) == sorted(used)
         assert (offset + sizes <= capacity).all()
+        assert rows_needed(np.bincount(sizes, minlength=capacity + 1), capacity) == len(used)
 
 
 def test_half_a_million_short_documents_fill_long_rows() -> None:
@@ -50,33 +54,8 @@ def test_half_a_million_short_documents_fill_long_rows() -> None:
     assert sizes.sum() / ((row.max() + 1) * 2048) > 0.999
 
 
-def test_weights_are_passes_over_a_source() -> None:
-    lengths, sources = [10] * 20, [0] * 10 + [1] * 10
-    for epoch in range(2):
-        times = np.bincount(pack(lengths, sources, weights=[1.0, 2.0], epoch=epoch).document)
-        assert times.tolist() == [1] * 10 + [2] * 10
-    halves = [pack(lengths, sources, weights=[0.5, 1.0], epoch=epoch).document for epoch in range(4)]
-    for first, second in ((0, 1), (2, 3)):
-        drawn = np.concatenate([halves[first], halves[second]])
-        assert sorted(drawn[drawn < 10]) == list(range(10))  # two halves are one pass, each document once
-    assert set(halves[0][halves[0] < 10]) != set(halves[2][halves[2] < 10])
-
-
-def test_epochs_and_seeds_differ_and_repeat() -> None:
-    lengths = list(range(1, 100))
-    orders = [pack(lengths, seed=seed, epoch=epoch).order.tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert orders[0] == orders[3]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-
-
 @pytest.mark.parametrize("key", [(0,), (3, 1)])
 def test_the_permutation_is_frozen(key: tuple[int, ...]) -> None:
     """A numpy release that changes it would change what resumed runs read."""
     frozen = {(0,): [0, 3, 7, 5, 1, 2, 6, 4], (3, 1): [5, 6, 3, 7, 0, 1, 2, 4]}
     assert permutation(8, *key).tolist() == frozen[key]
-
-
-def test_weights_that_give_no_document_in_some_epochs_add_up() -> None:
-    epochs = [pack([10] * 3, weights=[0.2], epoch=epoch) for epoch in range(10)]
-    assert [packing.rows for packing in epochs].count(0) == 4
-    assert sorted(np.concatenate([packing.document for packing in epochs])) == [0, 0, 1, 1, 2, 2]

@@ -96,7 +96,7 @@ def test_sources_keep_their_number(data_config: Configure, corpus: Path, tmp_pat
     shards = TokenShards(folder / "train")
     assert shards.meta.sources == [f"text {corpus}", f"jsonl {tmp_path}/rows.jsonl"]
     second = RowDataset(folder, "train", seq=64, chunk_size=16, weights=[1e-9, 1.0])
-    assert {int(shards.sources[document]) for document in second.packing(0).document} == {1}
+    assert {int(shards.sources[document]) for document in second.epochs.block(0, 0).document} == {1}
 
 
 def test_a_malformed_line_stops_with_its_place_or_is_skipped(
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_cache_as_it_was(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "add", full)
+    monkeypatch.setattr(ShardWriter, "extend", full)
     with pytest.raises(DataError, match=r"No space left on device; free space, or set data.cache to another disk"):
         prepare(data_config(seed=1))
     assert contents(earlier.parent) == before
@@ -146,9 +146,10 @@ def test_of_two_processes_the_first_to_finish_wins(data_config: Configure, monke
     """The other one finishes while this one is at work."""
     write = prepare_module._write
 
-    def slow_write(config: DataConfig, folder: Path) -> None:
-        write(config, folder)
+    def slow_write(config: DataConfig, work: Path, folder: Path, part: tuple[int, int]) -> bool:
+        made = write(config, work, folder, part)
         shutil.copytree(folder, folder.parent / prepare_module.cache_key(config))
+        return made
 
     monkeypatch.setattr(prepare_module, "_write", slow_write)
     folder = prepare(data_config())
@@ -262,7 +263,7 @@ def test_a_corpus_of_the_first_revision_stays_valid_where_nothing_is_wrong_with_
     def earlier(**changes: Any) -> tuple[DataConfig, Path]:
         config = data_config(cache=str(tmp_path / f"cache{len(changes)}{changes}"[:40]), **changes)
         made = prepare(config)
-        old = made.with_name(prepare_module.cache_key(config, revision=1))
+        old = made.with_name(prepare_module.cache_keys(config)[1])
         made.rename(old)
         (old / "contents.json").unlink()
         return config, old

@@ -18,15 +18,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dash_train.kernels.dash.backward import dash_backward
-from dash_train.kernels.dash.decode_append import append_newest
-from dash_train.kernels.dash.decode_attend import attend_lists
-from dash_train.kernels.dash.decode_routing import route_newest
-from dash_train.kernels.dash.forward import dash_forward
-from dash_train.kernels.dash.router_means import router_means, router_means_backward
+from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.routing_state import RoutingState
-from dash_train.kernels.dash.stages import DashConfig
-from dash_train.kernels.dash.summaries import update_chunk_summaries
+from dash_train.kernels.dash.triton.backward import dash_backward
+from dash_train.kernels.dash.triton.decode_append import append_newest
+from dash_train.kernels.dash.triton.decode_attend import attend_lists
+from dash_train.kernels.dash.triton.decode_routing import route_newest
+from dash_train.kernels.dash.triton.forward import dash_forward
+from dash_train.kernels.dash.triton.router_means import router_means, router_means_backward
+from dash_train.kernels.dash.triton.summaries import update_chunk_summaries
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 OPTIONS = {"num_warps", "num_stages"}

@@ -11,8 +11,8 @@ import torch
 from compile_sm90 import compile_launch
 from triton.runtime.jit import JITFunction
 
-from dash_train.kernels.vattention.pipeline import vattention_triton
-from dash_train.kernels.vattention.population import VAttentionConfig
+from dash_train.kernels.vattention.reference.population import VAttentionConfig
+from dash_train.kernels.vattention.triton.pipeline import vattention_triton
 
 
 def launches(capacity: int, heads: int, kv_heads: int, head_dim: int, verify: str) -> dict[str, tuple[Any, ...]]:

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dash_train.generation import generate
+from dash_train.distributed.world import World
+from dash_train.inference.generation import generate
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import Context
 from dash_train.model.transformer import STATISTICS, LanguageModel
-from dash_train.parallel import World
-from dash_train.router_gradients import RouterGradients
+from dash_train.training.router_gradients import RouterGradients
 
 SEQ = 512  # pieces of four ranks hold whole tiles, so that the union factor too is the same
 ATTENTION = {

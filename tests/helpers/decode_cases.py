@@ -7,9 +7,10 @@ from dash_cases import Case, relative_error
 from torch import Tensor
 
 from dash_train.kernels.dash import chunk_summaries
-from dash_train.kernels.dash.decode_attend import attend_lists
-from dash_train.kernels.dash.decode_routing import list_chunks, score_chunks
-from dash_train.kernels.dash.stages import ChunkLists, DashConfig
+from dash_train.kernels.dash.chunk_lists import ChunkLists
+from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.triton.decode_attend import attend_lists
+from dash_train.kernels.dash.triton.decode_routing import list_chunks, score_chunks
 from dash_train.kernels.entmax import entmax15
 
 CLEAR_PBAR = 1e-9  # a chunk with more than this is routed to in every arithmetic

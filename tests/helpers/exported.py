@@ -2,7 +2,7 @@ from pathlib import Path
 
 import torch
 
-from dash_train.conversion import export
+from dash_train.huggingface.conversion import export
 from dash_train.model.transformer import LanguageModel
 
 

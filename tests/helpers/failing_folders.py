@@ -6,10 +6,10 @@ from pathlib import Path
 
 from failing_ranks import refusal
 
-from dash_train import checkpoint
-from dash_train.parallel import init_world
-from dash_train.recipe import load_recipe
-from dash_train.trainer import Trainer
+from dash_train.distributed.world import init_world
+from dash_train.recipe.load import load_recipe
+from dash_train.training import checkpoint
+from dash_train.training.trainer import Trainer
 
 
 def collect_folder_refusals(rank: int, path: Path, folder: Path) -> None:

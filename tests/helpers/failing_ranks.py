@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dash_train import agreement
+from dash_train.distributed import agreement
 from dash_train.errors import UserError
-from dash_train.recipe import load_recipe
-from dash_train.trainer import Trainer
+from dash_train.recipe.load import load_recipe
+from dash_train.training.trainer import Trainer
 
 
 def collect_refusals(rank: int, path: Path, folder: Path) -> None:

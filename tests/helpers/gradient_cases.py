@@ -63,8 +63,8 @@ def _compare_all(rank: int, ranks: int, cases: list[Case], corpus: Path, folder:
 
 def _compare(case: Case, rank: int, ranks: int, corpus: Path, folder: Path) -> dict[str, float]:
     from dash_train.model import loss, transformer
-    from dash_train.recipe import load_recipe
-    from dash_train.trainer import Trainer
+    from dash_train.recipe.load import load_recipe
+    from dash_train.training.trainer import Trainer
 
     micro = 2
     rows = micro * case.accumulation * ranks // case.context
@@ -125,8 +125,8 @@ def _first_moments(engine: Any, stage: int) -> dict[str, Tensor]:
 def _plain_training(trainer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The first step's clipped gradients, and the metrics of all steps: one process, whole batches at once."""
     from dash_train.model.transformer import LanguageModel
-    from dash_train.optimizer import parameter_groups
-    from dash_train.schedule import lr_factor
+    from dash_train.training.optimizer import parameter_groups
+    from dash_train.training.schedule import lr_factor
 
     recipe = trainer.recipe
     torch.manual_seed(recipe.train.seed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from dash_train.parallel import free_port, init_world
+from dash_train.distributed.world import free_port, init_world
 
 
 def run_on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:

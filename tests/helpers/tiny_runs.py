@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dash_train.parallel import free_port
+from dash_train.distributed.world import free_port
 
 ROOT = Path(__file__).parents[2]
 # One thread, so that a sum has one order and two runs agree to the last bit.

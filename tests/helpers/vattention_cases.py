@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dash_train.kernels.vattention.decode import chunk_means
-from dash_train.kernels.vattention.pipeline import vattention_triton
-from dash_train.kernels.vattention.population import Population, VAttentionConfig, split_population
-from dash_train.kernels.vattention.reference import VAttentionReport, vattention_reference
-from dash_train.kernels.vattention.workspace import (
+from dash_train.kernels.vattention.reference.attention import VAttentionReport, vattention_reference
+from dash_train.kernels.vattention.reference.population import Population, VAttentionConfig, split_population
+from dash_train.kernels.vattention.triton.pipeline import vattention_triton
+from dash_train.kernels.vattention.triton.workspace import (
     CERTAIN_CHUNKS,
     DROPPED_CHUNKS,
     RESIDUAL_CHUNKS,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dash_train.kernels.dash import tiles
+from dash_train.kernels.dash.triton import tiles
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is first imported
@@ -63,6 +63,7 @@ def change_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
 
     def forget() -> None:
         tiles.segments.cache_clear()
+        tiles.longest_first.cache_clear()
         tiles.workspace_bytes.cache_clear()
 
     yield change
@@ -75,4 +76,4 @@ def streamed(monkeypatch: pytest.MonkeyPatch, change_tiles: Callable[..., None])
     """As if 4 chunks' scores were all that fits into registers."""
     change_tiles(RESIDENT_CHUNKS=4, MIN_WIDTH=4)
     for name, value in {"RESIDENT_CHUNKS": 4, "MIN_WIDTH": 4, "STREAMED_WIDTH": 8}.items():
-        monkeypatch.setattr(f"dash_train.kernels.dash.routing.{name}", value)
+        monkeypatch.setattr(f"dash_train.kernels.dash.triton.routing.{name}", value)

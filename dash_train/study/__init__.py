@@ -1,0 +1,1 @@
+"""Studies: variants of one recipe trained side by side, and what they found."""

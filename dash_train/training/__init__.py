@@ -1,0 +1,1 @@
+"""A training run: the trainer, its engine and data, its checkpoints."""

@@ -1,0 +1,13 @@
+"""The arguments of dash_attention and dash_decode that are not tensors."""
+
+from typing import NamedTuple
+
+
+class DashConfig(NamedTuple):
+    """As in dash_attention, which says what each of them does."""
+
+    chunk_size: int
+    routing_scale: float
+    prior_normalizer: str
+    prior_temperature: float
+    routing_block: int = 1

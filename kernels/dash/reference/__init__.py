@@ -1,0 +1,1 @@
+"""DashAttention in plain PyTorch: the definition, on any device. `stages.py` first."""

@@ -1,0 +1,1 @@
+"""vAttention in plain PyTorch: the definition, on any device."""

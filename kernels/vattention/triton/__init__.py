@@ -1,0 +1,1 @@
+"""vAttention in Triton. docs/internals.md has the order of the kernels and a glossary."""
