@@ -14,6 +14,7 @@ USED_BY = {  # other types of sources have no use for it
     "data_files": ("text", "jsonl", "csv", "parquet", "huggingface"),
     "template": ("jsonl", "csv", "parquet", "huggingface"),
     "streaming": ("huggingface",),
+    "supervised": ("jsonl", "huggingface"),
 }
 
 
@@ -34,6 +35,9 @@ class SourceConfig(Section):
     """Column that holds the text (`jsonl`, `csv`, `parquet`, `huggingface`); `data.text` is a field of a field."""
     template: PathText | None = None
     """Joins several columns to one text, instead of `field`: `"{title}\\n\\n{body}"`."""
+    supervised: bool = False
+    """Rows are `{"prompt": ..., "response": ...}`, or `{"messages": [{"role": ..., "content": ...}, ...]}` for the
+    tokenizer's chat template; only the responses, what the role `assistant` says, count in the loss."""
     streaming: bool = False
     """Read a Hugging Face dataset as it is fetched, without a copy on disk."""
     streams: PositiveInt | None = None
@@ -58,6 +62,8 @@ class SourceConfig(Section):
         for name in ("streams", "documents"):
             if getattr(self, name) and not self.streaming:
                 raise ValueError(f"{name}: only with streaming: true")
+        if self.supervised and (self.template is not None or self.field != "text"):
+            raise ValueError("supervised: rows have fields of their own; leave field and template out")
         if self.template is not None and not FIELD.search(self.template):
             raise ValueError(f"template: no {{field}} in {self.template!r}")
         return self
@@ -106,9 +112,12 @@ class DataConfig(Section):
     """Seed of the split, of packing and of the order of rows."""
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> "DataConfig":
+    def _consistent(self) -> "DataConfig":
         if self.stages and self.weight_by == "passes":
             raise ValueError("stages: they need weight_by: documents or tokens")
+        for number, source in enumerate(self.validation):
+            if source.weight != 1 or source.max_passes or source.length_weights:
+                raise ValueError(f"validation.{number}: no weights or passes; what is validated on is read once")
         for number, stage in enumerate(self.stages):
             if len(stage.weights) != len(self.sources):
                 raise ValueError(f"stages.{number}.weights: {len(stage.weights)} for {len(self.sources)} sources")

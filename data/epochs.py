@@ -189,15 +189,15 @@ class Epochs:
     def _bounds(self, runs: _Runs) -> Ints:
         """Return the first run of each block and, last, their number."""
         documents = int((runs.stop - runs.first).sum())
-        blocks = -(-documents // BLOCK)
-        return np.arange(blocks + 1) * len(runs.first) // max(blocks, 1)
+        blocks = max(1, -(-documents // BLOCK))
+        return np.arange(blocks + 1) * len(runs.first) // blocks
 
     def _look_up(self, runs: _Runs) -> tuple[Ints, Ints]:
         """Return the tokens of the documents of some runs, and the place of the first one among all tokens."""
         if self.one_block:
             lengths, places = self.shards.whole_index
             return lengths[runs.first], places[runs.first]
-        found = []
+        found = [np.empty((2, 0), dtype=np.int64)]
         for first, stop in zip(runs.first.tolist(), runs.stop.tolist(), strict=True):
             number, skip = divmod(first, RUN)
             found.append(np.stack(self.shards.run(number))[:, skip : skip + stop - first])

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -104,8 +105,9 @@ def _find_remote(url: str, kind: str) -> Found:
     except Exception as error:  # of many kinds: no such protocol, no access, no network
         raise DataError(f"{url}: cannot be listed ({_reason(error)}); check the address and the access") from error
     files = []
+    given = len([*takewhile(lambda part: not glob.has_magic(part), PurePosixPath(path).parts)])
     for name, info in sorted(listed.items()):
-        if any(part.startswith(".") for part in PurePosixPath(name).parts[len(PurePosixPath(path).parts) :]):
+        if any(part.startswith(".") for part in PurePosixPath(name).parts[given:]):
             passed_over["hidden files"] += 1
             continue
         changes = next((str(info[key]) for key in CHANGES if info.get(key)), "")

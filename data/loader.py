@@ -125,7 +125,8 @@ class RowDataset:
         """Return the row at an index, four tensors `[seq]`.
 
         `tokens` (int64): the token ids, the pad id where there is none. `labels` (int64): the next token of the same
-        document, also when the next row holds it; -100 for a document's last token and for pads. `document_starts`
+        document, also when the next row holds it; -100 for a document's last token, for pads and for what does not
+        count in the loss. `document_starts`
         (int32): the position in the row at which the token's document begins, a multiple of chunk_size; the part of
         a split document counts as a document of its own, a pad belongs to the document before it in its chunk, or to
         its own chunk. `real` (bool): false for pads.
@@ -137,9 +138,8 @@ class RowDataset:
         packing, pieces = self.pieces(index)
         columns = (packing.position, packing.place, packing.length, packing.cut)
         for at, place, length, cut in zip(*(column[pieces].tolist() for column in columns), strict=True):
-            document = self.shards.read(place, length + cut)
-            tokens[at : at + length] = document[:length]
-            labels[at : at + len(document) - 1] = document[1:]
+            tokens[at : at + length] = self.shards.read(place, length)
+            labels[at : at + length - 1 + cut] = self.shards.read_labels(place, length + cut, IGNORE)[1:]
             starts[at : at + -(-length // self.chunk_size) * self.chunk_size] = at
             real[at : at + length] = True
         return {

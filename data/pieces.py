@@ -4,6 +4,7 @@ So a preparation that was stopped goes on where it stopped, and several jobs can
 on the part of the source that it is of; one after the other they are the corpus, whoever made them.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dash_train.data.chat import encode_conversations
 from dash_train.data.config import SourceConfig
 from dash_train.data.errors import DataError
 from dash_train.data.shards import token_type, with_ends
@@ -97,22 +99,29 @@ class Piece:
 
 
 class Pieces:
-    """The pieces of a corpus, in a folder: `00012-00003.npz` is the fourth one of task 12, `00012-00004-last.npz` its
-    last one."""
+    """The pieces of a corpus, in a folder that is named by how the corpus is divided: `000012-000003.npz` is the
+    fourth one of task 12, `000012-000004-last.npz` its last one."""
 
-    def __init__(self, folder: Path, tasks: Sequence[Task]) -> None:
-        self.folder = folder
+    def __init__(self, work: Path, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        folder.mkdir(parents=True, exist_ok=True)
+        divided = [[str(file) for file in task.part.files] + [task.part.first, task.part.stop] for task in tasks]
+        digest = hashlib.sha256(json.dumps([PIECE_BYTES, divided]).encode()).hexdigest()[:16]
+        self.folder = work / f"pieces-{digest}"
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
         """Return the tasks that are not done."""
         done = {path.name.partition("-")[0] for path in self.folder.glob("*-last.npz")}
-        return [number for number in range(len(self.tasks)) if f"{number:05d}" not in done]
+        return [number for number in range(len(self.tasks)) if f"{number:06d}" not in done]
+
+    def all(self) -> Iterator[tuple[Task, Piece]]:
+        """Yield every piece that is there, in order, with its task."""
+        for path in sorted(self.folder.glob("*.npz")):
+            yield self.tasks[int(path.name.partition("-")[0])], Piece.load(path)
 
     def of(self, task: int) -> Iterator[Piece]:
         """Yield the pieces of a task that are there."""
-        return (Piece.load(path) for path in sorted(self.folder.glob(f"{task:05d}-*.npz")))
+        return (Piece.load(path) for path in sorted(self.folder.glob(f"{task:06d}-*.npz")))
 
     def make(self, tasks: Iterable[int], tokenizer: Tokenizer, threads: int, bad: BadDocuments) -> None:
         """Make the pieces of some tasks, as far as they are not there yet."""
@@ -137,9 +146,9 @@ class Pieces:
         next(islice(documents, known, known), None)  # they are read again, which is quick, and passed over
         bad.take()
         for place, (batch, last) in enumerate(_batches(documents), start=len(before)):
-            piece = _tokenize(batch, task.split_of, tokenizer, threads)
+            piece = _tokenize(batch, task, tokenizer, threads, bad)
             piece.skipped = bad.take()
-            piece.save(self.folder / f"{number:05d}-{place:05d}{'-last' if last else ''}.npz")
+            piece.save(self.folder / f"{number:06d}-{place:06d}{'-last' if last else ''}.npz")
             yield piece, last
 
 
@@ -156,19 +165,24 @@ def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], bo
     yield batch, True
 
 
-def _tokenize(
-    batch: list[Document], split_of: Callable[[str], str | None], tokenizer: Tokenizer, threads: int
-) -> Piece:
+def _tokenize(batch: list[Document], task: Task, tokenizer: Tokenizer, threads: int, bad: BadDocuments) -> Piece:
     texts: dict[str | None, list[str]] = {"train": [], "validation": [], None: []}
     for document in batch:
-        texts[split_of(document.text)].append(document.text)
+        texts[task.split_of(document.text)].append(document.text)
     tokens, lengths, text_bytes = {}, {}, {}
     for split in SPLITS:
-        tokens[split], lengths[split] = with_ends(
-            tokenizer.encode_batch(texts[split], threads), tokenizer, token_type(tokenizer)
-        )
+        tokens[split], lengths[split] = encode(texts[split], task.source, tokenizer, threads, bad)
         text_bytes[split] = sum(len(text.encode("utf-8")) for text in texts[split])
     return Piece(tokens, lengths, text_bytes, len(batch), [])
+
+
+def encode(
+    texts: list[str], source: SourceConfig, tokenizer: Tokenizer, threads: int, bad: BadDocuments
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The documents of texts of a source, one after the other, and the tokens of each."""
+    if source.supervised:
+        return encode_conversations(texts, tokenizer, bad.reject)
+    return with_ends(tokenizer.encode_batch(texts, threads), tokenizer, token_type(tokenizer))
 
 
 class _Progress:

@@ -13,11 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dash_train.data.chat import with_chat_template, words_of
 from dash_train.data.config import DataConfig, SourceConfig
 from dash_train.data.errors import DataError
 from dash_train.data.files import File, stamp
 from dash_train.data.integrity import SPLITS, check_contents, remember, write_contents
-from dash_train.data.pieces import BadDocuments, Pieces, Task
+from dash_train.data.pieces import BadDocuments, Pieces, Task, encode
 from dash_train.data.shards import FORMAT_VERSION, ShardWriter, read_meta
 from dash_train.data.sources import describe, passed_over, read_documents, source_files, split_source
 from dash_train.data.split import SplitDocument, is_held_out, split_documents, uniform
@@ -141,7 +142,7 @@ def _write(config: DataConfig, work: Path, folder: Path, part: tuple[int, int]) 
     tokenizer = _tokenizer(config, work / "tokenizer", bad)
     threads = config.workers or os.cpu_count() or 1
     started = time.monotonic()
-    pieces = Pieces(work / "pieces", _tasks(config, bad))
+    pieces = Pieces(work, _tasks(config, bad))
     pieces.make(range(part[0] - 1, len(pieces.tasks), part[1]), tokenizer, threads, bad)
     if missing := pieces.missing():
         logger.info("%d of %d pieces of the corpus are still to be made", len(missing), len(pieces.tasks))
@@ -150,14 +151,13 @@ def _write(config: DataConfig, work: Path, folder: Path, part: tuple[int, int]) 
         [describe(source) for source in of] for of in (config.sources, config.validation or config.sources)
     )
     writers = {
-        split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens)
+        split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens, _supervised(config))
         for split, names in zip(SPLITS, (sources, validation), strict=True)
     }
-    for number, task in enumerate(pieces.tasks):
-        for piece in pieces.of(number):
-            bad.skipped |= set(piece.skipped)
-            for split, writer in writers.items():
-                writer.extend(piece.tokens[split], piece.lengths[split], task.number, piece.text_bytes[split])
+    for task, piece in pieces.all():
+        bad.skipped |= set(piece.skipped)
+        for split, writer in writers.items():
+            writer.extend(piece.tokens[split], piece.lengths[split], task.number, piece.text_bytes[split])
     if not all(writer.documents for writer in writers.values()):
         shutil.rmtree(folder)
         writers = _write_few(config, folder, tokenizer, threads, bad)
@@ -187,11 +187,18 @@ def _write_few(
         empty = ", ".join(describe(source) for source in config.validation)
         raise DataError(f"data.validation: no text in {empty}, or no other text in data.sources")
     names = [describe(source) for source in config.sources]
-    writers = {split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens) for split in SPLITS}
-    documents = list(_documents(config, bad))
-    for document, ids in zip(documents, tokenizer.encode_batch([d.text for d in documents], threads), strict=True):
-        writers[document.split].add(ids, document.source, len(document.text.encode("utf-8")))
+    writers = {
+        split: ShardWriter(folder / split, tokenizer, names, config.shard_tokens, _supervised(config))
+        for split in SPLITS
+    }
+    for document in _documents(config, bad):
+        tokens, lengths = encode([document.text], config.sources[document.source], tokenizer, threads, bad)
+        writers[document.split].extend(tokens, lengths, document.source, len(document.text.encode("utf-8")))
     return writers
+
+
+def _supervised(config: DataConfig) -> bool:
+    return any(source.supervised for source in [*config.sources, *config.validation])
 
 
 def _tasks(config: DataConfig, bad: BadDocuments) -> list[Task]:
@@ -238,6 +245,16 @@ def _documents(config: DataConfig, bad: BadDocuments) -> Iterator[SplitDocument]
     return chain([first], documents)
 
 
+def _has_chats(config: DataConfig, bad: BadDocuments) -> bool:
+    """Whether the supervised sources, of which the first row tells, need a chat template."""
+    first = (
+        next(read_documents(source, bad.reject), None)
+        for source in [*config.sources, *config.validation]
+        if source.supervised
+    )
+    return any("messages" in json.loads(document.text) for document in first if document is not None)
+
+
 def _tokenizer(config: DataConfig, folder: Path, bad: BadDocuments) -> Tokenizer:
     """Load the configured tokenizer, or train one on the training documents, and keep it in `folder`.
 
@@ -247,7 +264,11 @@ def _tokenizer(config: DataConfig, folder: Path, bad: BadDocuments) -> Tokenizer
         return load_tokenizer(folder)
     unfinished = folder.with_name(f".tokenizer-{uuid.uuid4().hex[:8]}")
     if config.tokenizer.path is None:
-        texts = (document.text for document in _documents(config, bad) if document.split == "train")
+        texts = (
+            words_of(document.text) if config.sources[document.source].supervised else document.text
+            for document in _documents(config, bad)
+            if document.split == "train"
+        )
         tokenizer = train_tokenizer(texts, config.tokenizer, unfinished / "tokenizer.model")
     else:
         tokenizer = load_tokenizer(config.tokenizer.path)
@@ -259,6 +280,8 @@ def _tokenizer(config: DataConfig, folder: Path, bad: BadDocuments) -> Tokenizer
                 ", ".join(lost),
             )
         tokenizer.save(unfinished)
+    if _has_chats(config, bad):
+        tokenizer = with_chat_template(tokenizer, unfinished)
     if not folder.exists():
         unfinished.rename(folder)
     return tokenizer

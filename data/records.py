@@ -57,7 +57,7 @@ class TextOf:
             if not isinstance(texts[field], str):
                 reject(f"{origin}: field {field!r} holds {type(texts[field]).__name__}, expected a string")
                 return None
-            if not _encodable(texts[field]):
+            if not is_encodable(texts[field]):
                 reject(f"{origin}: field {field!r} holds half of a surrogate pair, or bytes that are not UTF-8")
                 return None
         if self.template is None:
@@ -76,7 +76,8 @@ def _value(record: dict[str, Any], field: str) -> Any:
     return value
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether a text is UTF-8 when it is written: no half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

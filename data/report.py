@@ -119,7 +119,9 @@ def _draw(path: Path, datasets: Mapping[str, RowDataset | Mixture]) -> None:
         left.set(
             title=f"{split}: {dataset.shards.meta.documents:,} documents", xlabel="tokens, at least", ylabel="share"
         )
-        left.set_xticks(edges[::2], [f"{2**edge:,}" for edge in edges[::2].tolist()])
+        left.set_xticks(
+            edges[::2], [f"{2**edge:,}" if edge < 10 else f"{2 ** (edge - 10):,}K" for edge in edges[::2].tolist()]
+        )
         left.legend()
         names = [name if len(name) < 40 else f"...{name[-37:]}" for name in dataset.shards.meta.sources]
         right.barh(names, dataset.shards.source_tokens)

@@ -22,6 +22,7 @@ META = "meta.json"
 RUN = 256  # documents that are found together
 SCAN = 2**18  # documents of the index that are read at a time
 OPEN_FILES = 64
+NOT_COUNTED = np.uint32(1 << 31)  # added to ids that do not count in the loss, of a supervised split
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ShardsMeta:
     text_bytes: int
     index: ShardFile
     shards: Annotated[list[ShardFile], Field(min_length=1)]
+    supervised: bool = False
+    """Whether ids have `NOT_COUNTED` added where they do not count in the loss."""
 
     def consistent(self) -> bool:
         """Whether its numbers and names agree with each other."""
@@ -66,13 +69,16 @@ class ShardsMeta:
 class ShardWriter:
     """Writes one split into `folder`: `tokens-00000.bin`, ..., `documents.bin` and, at `close`, `meta.json`."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, sources: list[str], shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, sources: list[str], shard_tokens: int, supervised: bool = False
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.tokenizer = tokenizer
         self.sources = sources
         self.shard_tokens = shard_tokens
-        self.dtype = token_type(tokenizer)
+        self.supervised = supervised
+        self.dtype: Literal["uint16", "uint32"] = "uint32" if supervised else token_type(tokenizer)
         self.documents = self.tokens = self.text_bytes = 0
         self._index = _HashedFile(folder / INDEX)  # tokens and source of every document, in turn
         self._shards: list[ShardFile] = []
@@ -97,7 +103,7 @@ class ShardWriter:
                 self._shard = _HashedFile(self.folder / _shard_name(len(self._shards)))
                 continue
             end = int(ends[min(int(np.searchsorted(ends, begun + room)), len(ends) - 1)])
-            self._shard.write(tokens[begun:end].tobytes())
+            self._shard.write(tokens[begun:end].astype(self.dtype, copy=False).tobytes())
             begun = end
         self._index.write(np.stack([lengths, np.full_like(lengths, source)], axis=1).tobytes())
         self.documents += len(lengths)
@@ -123,6 +129,7 @@ class ShardWriter:
             text_bytes=self.text_bytes,
             index=self._index.close(),
             shards=self._shards,
+            supervised=self.supervised,
         )
         (self.folder / META).write_text(json.dumps(asdict(meta), indent=1))
         return meta
@@ -204,14 +211,14 @@ class TokenShards:
         self.source_starts = np.cumsum([0, *documents])
         self._run_starts = np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *runs]))
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """The tokens of every document: int64 `[documents]`, read whole."""
+        """The tokens of every document: int64 `[documents]`; for small splits."""
         return self.index(0, self.meta.documents)[0]
 
-    @property
+    @cached_property
     def sources(self) -> npt.NDArray[np.int64]:
-        """The source of every document: int64 `[documents]`, read whole."""
+        """The source of every document: int64 `[documents]`; for small splits."""
         return self.index(0, self.meta.documents)[1]
 
     @cached_property
@@ -233,6 +240,15 @@ class TokenShards:
 
     def read(self, place: int, count: int) -> npt.NDArray[Any]:
         """Return `count` tokens, which are of one document, from a place among all tokens of the split."""
+        tokens = self._read(place, count)
+        return tokens & ~NOT_COUNTED if self.meta.supervised else tokens
+
+    def read_labels(self, place: int, count: int, ignore: int) -> npt.NDArray[np.int64]:
+        """Return the same, with `ignore` for those that do not count in the loss."""
+        tokens = self._read(place, count).astype(np.int64)
+        return np.where(tokens & NOT_COUNTED, ignore, tokens) if self.meta.supervised else tokens
+
+    def _read(self, place: int, count: int) -> npt.NDArray[Any]:
         shard = int(np.searchsorted(self._shard_starts, place, side="right")) - 1
         width = self.dtype.itemsize
         data = self._open_shard(shard).read((int(place) - int(self._shard_starts[shard])) * width, int(count) * width)

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dash_train.data.chat import ConversationOf
 from dash_train.data.config import SourceConfig
 from dash_train.data.errors import DataError
 from dash_train.data.files import ENDINGS, File, Found, compression_of, find_all, open_file, stamp
@@ -184,8 +185,8 @@ def _whole_files(part: Part, reject: Callable[[str], None]) -> Iterator[Document
 
 
 def _texts(source: SourceConfig, part: Part, reject: Callable[[str], None]) -> Iterator[Document]:
-    text_of = TextOf(source.field, source.template)
-    for record in _records(source, part, text_of.fields, reject):
+    text_of = ConversationOf() if source.supervised else TextOf(source.field, source.template)
+    for record in _records(source, part, list(text_of.fields), reject):
         text = text_of.of(record, reject)
         if text is not None:
             yield Document(text, record.origin)

@@ -24,6 +24,9 @@ SPACE = "\u2581"  # how sentencepiece writes a space inside its pieces
 SPACE_STAND_IN = "\ufdd0"  # a Unicode noncharacter that stands for a real U+2581 in text
 LONGEST_LINE = 4192  # bytes: sentencepiece's trainer leaves longer lines out
 LEFT_OUT = re.compile("[\n\u2585]")  # ... and lines with U+2585, which it keeps for itself; "\n" ends a line
+# Files that go with a Hugging Face tokenizer: the sentencepiece model that it is, and what its model's authors say of
+# generation, such as further tokens that end a text.
+COMPANIONS = ("tokenizer.model", "generation_config.json")
 PIECE = re.compile(rf".{{1,{LONGEST_LINE // 4}}}(?:(?<! )(?= )|\Z)|.{{1,{LONGEST_LINE // 4}}}", re.DOTALL)
 
 
@@ -110,9 +113,10 @@ class SentencePieceTokenizer:
         (folder / "tokenizer.model").write_bytes(self.model)
 
     def save_huggingface(self, folder: Path) -> None:
-        from dash_train.data.tokenizer_export import to_huggingface
+        from dash_train.data.tokenizer_export import about_prefix, save_for_transformers, to_huggingface
 
-        to_huggingface(self.model).save_pretrained(folder)
+        companions = {"tokenizer.model": self.model}
+        save_for_transformers(to_huggingface(self.model), folder, companions, **about_prefix(self.model))
 
 
 class HuggingFaceTokenizer:
@@ -122,7 +126,8 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            _check_files(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it may ask, and wait
             self.backend = self.tokenizer.backend_tokenizer
         except Exception as error:  # of many kinds: broken JSON, missing files, code of its own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -131,6 +136,7 @@ class HuggingFaceTokenizer:
                 f"({reason})"
             ) from error
         _whole_texts(self.backend, folder)
+        self.companions = _companions(folder)
         # Ids may have gaps: the vocabulary reaches to the largest, and so does the embedding.
         self.vocab_size: int = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.eos_id: int = self.tokenizer.eos_token_id
@@ -177,10 +183,30 @@ class HuggingFaceTokenizer:
         pass
 
     def save(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        from dash_train.data.tokenizer_export import save_for_transformers
+
+        save_for_transformers(self.tokenizer, folder, self.companions)
 
     def save_huggingface(self, folder: Path) -> None:
         self.save(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """A tokenizer that is its tokenizer.json has one: transformers would make something else of a tokenizer.model."""
+    config = folder / "tokenizer_config.json"
+    kind = json.loads(config.read_bytes()).get("tokenizer_class") if config.is_file() else None
+    if kind in ("PreTrainedTokenizerFast", "TokenizersBackend") and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError("tokenizer.json is missing")
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    found = {name: file.read_bytes() for name in COMPANIONS if (file := folder / name).is_file()}
+    config = folder / "config.json"
+    if "generation_config.json" not in found and config.is_file():
+        eos = json.loads(config.read_bytes()).get("eos_token_id")
+        if isinstance(eos, list):
+            found["generation_config.json"] = json.dumps({"eos_token_id": eos}).encode()
+    return found
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

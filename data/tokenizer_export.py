@@ -1,5 +1,7 @@
 """A sentencepiece BPE model as a Hugging Face fast tokenizer with the same ids."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from dash_train.data.errors import DataError
@@ -42,6 +44,28 @@ def to_huggingface(model: bytes) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unknown
     )
+
+
+def save_for_transformers(tokenizer: Any, folder: Path, companions: dict[str, bytes], **added: Any) -> None:
+    """Write a Hugging Face tokenizer so that transformers 4 and 5 read it, and beside it other files: the sentencepiece
+    model that it is, for programs (llama.cpp) that read those. `added` goes into tokenizer_config.json."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows, too
+    if isinstance(more := values.pop("extra_special_tokens", None), list) and more:
+        values["additional_special_tokens"] = more  # likewise
+    for name, content in companions.items():
+        (folder / name).write_bytes(content)
+    about_loading = ("is_local", "local_files_only")  # which is no part of a tokenizer
+    values = {name: value for name, value in {**values, **added}.items() if name not in about_loading}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def about_prefix(model: bytes) -> dict[str, bool]:
+    """What tokenizer_config.json says of a space in front of a text, by which llama.cpp tokenizes."""
+    return {"add_prefix_space": check_type(model).normalizer_spec.add_dummy_prefix}
 
 
 def check_type(model: bytes) -> Any:

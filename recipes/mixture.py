@@ -63,8 +63,8 @@ def docstrings() -> Iterator[str]:
 def characters() -> Iterator[tuple[str, str]]:
     """The names of 128 characters at a time."""
     for first in range(0, 0x3000, 128):
-        names = [f"{chr(code)} {unicodedata.name(chr(code), '')}" for code in range(first, first + 128)]
-        yield f"Characters from U+{first:04X}", "\n".join(name for name in names if len(name) > 2)
+        names = [f"{code:04X} {unicodedata.name(chr(code), '')}" for code in range(first, first + 128)]
+        yield f"Characters from U+{first:04X}", "\n".join(name for name in names if len(name) > 5)
 
 
 def sums() -> Iterator[str]:

@@ -19,7 +19,7 @@ from dash_train.recipe.load import load_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `launch/benchmark.py prepare`."""
     parser.add_argument("recipe", type=Path, help="its data section is prepared, in a temporary folder")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

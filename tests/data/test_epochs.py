@@ -110,6 +110,15 @@ def test_weights_of_blocks_are_passes_in_runs_of_documents(make: Make) -> None:
     assert documents(twice).tolist() == [2] * 1000 + [1] * 2000
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_epochs_without_a_run_are_empty(make: Make) -> None:
+    epochs = make(drawn(300), weights=[0.2])  # two runs
+    read = [documents(epochs, epoch).sum() for epoch in range(10)]
+    assert read.count(0) == 6 and sum(read) == 600
+    assert [len(blocks(epochs, epoch)) for epoch in range(10)] == [1] * 10
+    assert [int(epochs.row_starts(epoch)[-1]) > 0 for epoch in range(10)] == [count > 0 for count in read]
+
+
 @pytest.mark.parametrize("one_block", [True, False])
 def test_the_order_of_rows_is_frozen(make: Make, one_block: bool, request: pytest.FixtureRequest) -> None:
     """Another order would change what resumed runs read: the version has to rise with it."""

@@ -7,14 +7,14 @@ import lzma
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from dash_train.data.config import SourceConfig
 from dash_train.data.errors import DataError
-from dash_train.data.files import find_files, open_file
+from dash_train.data.files import find_all, find_files, open_file, stamp
 from dash_train.data.sources import passed_over, read_documents
 
 ODD = "\ufeffone\r\ntwo\rthree\x00\u2028\u0085 ▁ naïve 👨‍👩‍👧 \ud7ff\n\n"
@@ -132,6 +132,24 @@ def test_odd_text_comes_back_to_the_byte_through_every_opener(tmp_path: Path, ki
         assert [document.text for document in documents] == [ODD]
 
 
+def test_odd_text_comes_back_through_tables_arrays_and_streams(tmp_path: Path) -> None:
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [ODD]}), tmp_path / "odd.parquet")
+    (tmp_path / "odd.json").write_text(json.dumps([{"text": ODD}], ensure_ascii=False), encoding="utf-8", newline="")
+    Dataset.from_dict({"text": [ODD]}).save_to_disk(tmp_path / "saved")
+    for kind, name, options in (
+        ("parquet", "odd.parquet", {}),
+        ("jsonl", "odd.json", {}),
+        ("huggingface", "saved", {}),
+        ("huggingface", "saved", {"streaming": True}),
+    ):
+        documents = list(read_documents(SourceConfig(type=kind, path=str(tmp_path / name), **options), pytest.fail))
+        assert [document.text for document in documents] == [ODD]
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_damaged_compressed_files_are_one_clear_line(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.jsonl{ending}"
@@ -164,3 +182,65 @@ def test_a_compressed_file_under_a_plain_name_is_refused_by_name(tmp_path: Path)
     path.write_bytes(gzip.compress(b'{"text": "one"}\n'))
     with pytest.raises(DataError, match=rf"{path}:1: is compressed; rename it to a.jsonl.gz"), open_file(path):
         pass
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A folder of fsspec's file system in memory."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    yield "memory:///bucket"
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("ending", ["", *COMPRESS])
+def test_remote_files_are_read_to_the_byte(bucket: str, ending: str) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    text = json.dumps({"text": ODD}).encode()
+    for name in (f"in/a.jsonl{ending}", f"b.jsonl{ending}", ".hidden/c.jsonl", "README"):
+        system.pipe(f"/bucket/{name}", COMPRESS[ending](text) if ending else text)
+    for path, count in ((bucket, 2), (f"{bucket}/b.jsonl{ending}", 1), (f"{bucket}/*/*.jsonl*", 1)):
+        documents = list(read_documents(SourceConfig(type="jsonl", path=path), pytest.fail))
+        assert [document.text for document in documents] == [ODD] * count
+    found = find_all([bucket], "jsonl")
+    assert [file.name for file in found.files] == [f"b.jsonl{ending}", f"a.jsonl{ending}"]
+    assert found.passed_over == {"hidden files": 1, "nameless files": 1}
+    assert str(found.files[0]) == f"{bucket}/b.jsonl{ending}"
+    before = [stamp(file) for file in found.files]
+    system.pipe(f"/bucket/b.jsonl{ending}", COMPRESS[ending](text + b"\n") if ending else text + b"\n")
+    assert [stamp(file) for file in find_all([bucket], "jsonl").files] != before
+
+
+def test_remote_parquet_and_csv_and_text(bucket: str) -> None:
+    import fsspec
+    import pyarrow
+    from pyarrow import parquet
+
+    system = fsspec.filesystem("memory")
+    with system.open("/bucket/rows.parquet", "wb") as file:
+        parquet.write_table(pyarrow.table({"text": ["one", "two"]}), file)
+    system.pipe("/bucket/rows.csv", b"text\none\ntwo\n")
+    system.pipe("/bucket/page.txt", ODD.encode())
+    for kind in ("parquet", "csv"):
+        documents = list(read_documents(SourceConfig(type=kind, path=f"{bucket}/rows.{kind}"), pytest.fail))
+        assert [document.text for document in documents] == ["one", "two"]
+    (page,) = read_documents(SourceConfig(type="text", path=f"{bucket}/page.txt"), pytest.fail)
+    assert (page.text, str(page.origin)) == (ODD, f"{bucket}/page.txt")
+
+
+def test_what_is_wrong_with_a_remote_path_is_one_clear_line(bucket: str) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/bucket/bad.txt", b"\xff")
+    rejected: list[str] = []
+    assert list(read_documents(SourceConfig(type="text", path=bucket), rejected.append)) == []
+    assert rejected[0].startswith(f"{bucket}/bad.txt: not UTF-8 text")
+    for path, message in (
+        (f"{bucket}/none.jsonl", f"{bucket}/none.jsonl: no jsonl file here"),
+        ("nosuch://bucket/a.jsonl", "nosuch://bucket/a.jsonl: cannot be listed"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(read_documents(SourceConfig(type="jsonl", path=path), print))
