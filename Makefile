@@ -6,7 +6,7 @@ EXPORT := exports/quickstart
 # A port nobody listens on: two jobs on DeepSpeed's default port would join each other's ranks.
 FREE_PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: install pretrain test test-parallel lint docs clean
+.PHONY: install pretrain test test-parallel test-clients lint docs clean
 
 install: .venv/installed
 
@@ -26,6 +26,20 @@ test: install
 
 test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 15-20 min
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/distributed/test_parallel.py
+
+CLIENTS := .cache/clients
+LLAMA_CPP := llama_cpp_python-0.3.36
+
+test-clients: install $(CLIENTS)/installed  ## exports in transformers 4.57 and llama.cpp; compiling that takes 20 min
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/huggingface
+
+$(CLIENTS)/installed:  # the sources of llama-cpp-python hold llama.cpp's converter, which its wheels do not
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check torch 'transformers==4.57.*' sentencepiece gguf
+	$(CLIENTS)/bin/pip download --quiet --no-deps --no-binary :all: --dest $(CLIENTS) $(subst _,-,$(subst -,==,$(LLAMA_CPP)))
+	tar -xzf $(CLIENTS)/$(LLAMA_CPP).tar.gz -C $(CLIENTS)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF" $(CLIENTS)/bin/pip install --quiet $(CLIENTS)/$(LLAMA_CPP)
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .

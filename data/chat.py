@@ -65,7 +65,7 @@ def _problem_of(values: Any) -> str | None:
             return f"messages: none has the role {ASSISTANT!r}, so nothing counts in the loss"
     if not all(isinstance(text, str) for text in texts):
         return f"{expected}, found {sorted(values)}" if messages is None else f"messages: {expected}"
-    if not all(is_encodable(text) for text in texts):
+    if not all(is_encodable(str(text)) for text in texts):
         return "half of a surrogate pair, which is no text"
     return None
 

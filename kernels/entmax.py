@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which the kernels compute: float64 for float64, float32 for every other floating type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from dash_train.kernels.common.numbers import compute_dtype
 
 
 def entmax15(scores: Tensor, dim: int = -1) -> Tensor:

@@ -4,17 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dash_train.kernels.dash.checks import (
-    BACKENDS,
-    check_choice,
-    check_dimensions,
-    check_group,
-    check_same_kind,
-    check_shape,
-)
+from dash_train.kernels.common.backend import stride_obstacle, use_triton
+from dash_train.kernels.common.checks import check_caches, check_shape
+from dash_train.kernels.dash.checks import triton_obstacle
 from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.decode import use_triton
 
 CHUNK_SIZE = 64
 
@@ -42,20 +36,13 @@ def full_decode(
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
-    check_dimensions("q", q, "batch", "heads", "head_dim")
-    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
-    batch, heads, head_dim = q.shape
-    capacity, kv_heads = k_cache.shape[1:3]
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_shape(name, cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-        check_same_kind(name, cache, q)
-    check_shape("lengths", lengths, batch=batch)
-    check_group(heads, kv_heads)
+    check_caches(q, k_cache, v_cache, lengths)
+    batch, capacity, kv_heads, _ = k_cache.shape
     if lists is not None:
         check_shape("lists", lists.chunks, batch=batch, kv_heads=kv_heads, chunks=-(-capacity // CHUNK_SIZE))
-    check_choice("backend", backend, BACKENDS)
-    if use_triton("full_decode", backend, q, (q, k_cache, v_cache), CHUNK_SIZE):
-        from dash_train.kernels.dash.triton.decode_attend import attend_lists  # triton, which only this backend needs
+    obstacle = triton_obstacle(q, CHUNK_SIZE) or stride_obstacle((q, k_cache, v_cache))
+    if use_triton("full_decode", backend, q, obstacle):
+        from dash_train.kernels.dash.triton.decode_attend import attend_lists
 
         lists = lists or list_all_chunks(lengths, capacity, kv_heads)
         return attend_lists(q, k_cache, v_cache, lists, DashConfig(CHUNK_SIZE, 1.0, "none", 1.0))

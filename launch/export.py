@@ -1,6 +1,6 @@
 """Export a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer, model card.
 
-python launch/export.py runs/quickstart exports/quickstart [--step 500]
+python launch/export.py runs/quickstart exports/quickstart [--step 500] [--format authors]
 """
 
 from argparse import ArgumentParser, Namespace
@@ -12,14 +12,20 @@ from dash_train.huggingface.export import export_run
 
 def build_parser() -> ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument("run", type=Path, help="a run folder, one of its checkpoints, or an exported folder")
     parser.add_argument("out", type=Path, help="the folder to write; it must be new or empty")
     parser.add_argument("--step", type=int, help="export this step's checkpoint (default: the newest)")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "authors"),
+        default="transformers",
+        help="authors: of a Dash model as the paper's authors write theirs (indexer_q) (default: %(default)s)",
+    )
     return parser
 
 
 def main(args: Namespace) -> None:
-    found = export_run(args.run, args.out, args.step)
+    found = export_run(args.run, args.out, args.step, args.format)
     print(f"{args.out}: exported from {found}")
 
 

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from dash_train.command import recipe_parser, run_command
 from dash_train.errors import UserError
 from dash_train.recipe.load import load_recipe
-from dash_train.training.trainer import Trainer
+from dash_train.training.trainer import train
 
 
 def build_parser() -> ArgumentParser:
@@ -19,7 +19,7 @@ def main(args: Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.init.from_ is None:
         raise UserError(f"{args.recipe}: init.from is required: a run folder, a checkpoint or an exported folder")
-    Trainer(recipe).train()
+    train(recipe)
 
 
 if __name__ == "__main__":

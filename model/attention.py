@@ -19,18 +19,18 @@ from dash_train.model.checkpointing import attention_of_block
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.decoding import attend_step
-from dash_train.model.full_attention import BlockMask, full_attention
+from dash_train.model.full_attention import full_attention
 from dash_train.model.fused import RMSNorm, apply_rotary
 from dash_train.model.layers import Linear
+from dash_train.model.router_warmup import learn_routing
+from dash_train.model.rows import Rows
+
+# (router_q, k, chunk_query, document_starts, query_starts, real)
+Look = Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...], Tensor | None], None]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of one layer, of the type that the configuration names for it.
-
-    While `look` is set, a forward of a Dash layer calls it with all that decides its routing and attends to nothing.
-    While `watch` is set, it is called with (q, k, v, chunk_query, out) of each such forward, the function of q that
-    makes the routers' queries, and the other arguments.
-    """
+    """Grouped-query attention of one layer, of the type that the configuration names for it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -39,8 +39,7 @@ class Attention(nn.Module):
         self.attention_type = config.attention_type(layer)
         self.routing_scale = config.routing_scale(layer)
         self.routing_block, self.routing_window = config.routing_block(layer), config.routing_window(layer)
-        self.look: Callable[..., None] | None = None
-        self.watch: Callable[[tuple[Tensor, ...], Callable[[Tensor], Tensor], dict[str, Any]], None] | None = None
+        self.router_error: Tensor | None = None  # 0-dim: how far routing was off in the last forward of a warm-up
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         std, residual_std = config.init_std, config.init_std / (2 * config.layers) ** 0.5
         self.q_proj = Linear(config.hidden_size, heads * head_dim, std, config.qkv_bias)
@@ -63,28 +62,24 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
-        document_starts: Tensor | None = None,
-        real: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
-        cache: Cache | None = None,
-        context: Context = WHOLE_ROWS,
+        rows: Rows,
+        look: Look | None = None,
     ) -> tuple[Tensor, RoutingCounts | None]:
         """Attention output `[batch, seq, hidden_size]`, and what a Dash layer routed.
 
-        `mask` is full attention's, None where causality is all; `real` only says which tokens a cache counts.
-        Where `context` shares the rows among ranks, `hidden` and the output are this rank's share, `document_starts`
-        those of whole rows, `mask` and `real` those of the queries that attend here.
-        With a cache, which is filled and counts for itself, there are no counts, documents, masks or shares.
+        Where rows are shared among ranks, `hidden` and the output are this rank's share. A cache is filled and counts
+        for itself. A Dash layer calls `look` with all that decides its routing, and attends to nothing then.
         """
+        cache, context = rows.cache, rows.context
         q, k, v = self.queries_keys_values(hidden, rotary, context)
         counts = None
         if cache is not None:
-            out = self._step(q, k, v, cache) if cache.start is None else self._prompt(q, k, v, real, cache)
+            out = self._step(q, k, v, cache) if cache.start is None else self._prompt(q, k, v, rows.real, cache)
         elif self.attention_type == "full":
             with attention_of_block():
-                out = full_attention(q, k, v, mask, context.query_starts(k.shape[1]))
+                out = full_attention(q, k, v, rows.mask, context.query_starts(k.shape[1]))
         else:
-            out, counts = self._dash_attention(q, k, v, document_starts, real, context)
+            out, counts = self._dash_attention(q, k, v, rows, look)
         return self.o_proj(context.return_outputs(out).flatten(2)), counts
 
     def queries_keys_values(
@@ -111,10 +106,10 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        document_starts: Tensor | None,
-        real: Tensor | None,
-        context: Context,
+        rows: Rows,
+        look: Look | None,
     ) -> tuple[Tensor, RoutingCounts | None]:
+        context, document_starts = rows.context, rows.document_starts
         chunk_query = context.own_heads(self.chunk_query)
         query_starts = context.query_starts(k.shape[1])
         backend = self.config.attention.backend
@@ -125,9 +120,11 @@ class Attention(nn.Module):
             return router_queries(q, document_starts, query_starts, *sizes, before, backend)
 
         router_q = make_router_q(q)
-        if self.look is not None:
-            self.look(router_q, k, chunk_query, document_starts, query_starts, real)
+        if look is not None:
+            look(router_q, k, chunk_query, document_starts, query_starts, rows.real)
             return torch.zeros_like(q), None
+        if rows.router_warmup:
+            return self._warm_up(q, router_q, k, v, chunk_query, rows), None
         options = {
             "routing_block": self.routing_block,
             "document_starts": document_starts,
@@ -139,9 +136,31 @@ class Attention(nn.Module):
             out, stats = dash_attention(
                 q, k, v, chunk_query, router_q=None if router_q is q else router_q, return_stats=True, **options
             )
-        if self.watch is not None:
-            self.watch((q, k, v, chunk_query, out), make_router_q, options)
+        if rows.watch is not None:
+            rows.watch(self.layer, (q, k, v, chunk_query, out), make_router_q, options)
         return out, stats.counts
+
+    def _warm_up(self, q: Tensor, router_q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor, rows: Rows) -> Tensor:
+        """Full attention, from which the router learns."""
+        assert rows.document_starts is not None
+        query_starts = rows.context.query_starts(k.shape[1])
+        with attention_of_block():
+            out = full_attention(q, k, v, rows.mask, query_starts)
+        piece = q.shape[1] // len(query_starts)
+        out, self.router_error = learn_routing(
+            out,
+            q,
+            router_q,
+            k,
+            chunk_query,
+            chunk_size=self.config.attention.chunk_size,
+            routing_scale=self.routing_scale,
+            routing_block=self.routing_block,
+            positions=torch.cat([torch.arange(start, start + piece, device=q.device) for start in query_starts]),
+            document_starts=rows.document_starts,
+            real=rows.real,
+        )
+        return out
 
     def routing(self) -> dict[str, Any]:
         """How this layer routes: keywords of dash_attention and dash_decode alike."""
@@ -164,6 +183,7 @@ class Attention(nn.Module):
             chunk_size = self.config.attention.chunk_size
             new = chunk_summaries(k, self._summary_query(k), chunk_size=chunk_size)
             memory.summaries[:, start // chunk_size : stop // chunk_size] = new
+        memory.update_bounds(start, stop)
         if self.attention_type == "full" or cache.decoding.mode == "full":
             return full_attention(q, keys, values, None, (start,))
         router_q, routing = None, {**self.routing(), "routing_block": self.routing_block}
@@ -204,6 +224,7 @@ class Attention(nn.Module):
             chunk_size=self.config.attention.chunk_size,
             routing_block=block,
         )
+        memory.update_last_bounds(cache.lengths)
         routing = {**self.routing(), "routing_block": block} if self.attention_type == "dash" else None
         return attend_step(q[:, 0], cache, self.layer, routing)[:, None]
 

@@ -19,6 +19,27 @@ TOTALS = ("read", "population", "fallbacks", "decoded", "half_width")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How vattention chooses what it reads: keywords of vattention_decode, but `bounds`."""
+
+    sink: int = 128
+    """Tokens at the start that are read for certain, in whole chunks."""
+    window: int = 128
+    """Tokens at the end that are read for certain, in whole chunks."""
+    heavy: float = 0.05
+    """Share of the chunks that is read for certain because their summaries weigh most."""
+    base_sample: int = 512
+    """Tokens of the first sample, from which the variances come; at least 2."""
+    max_sample: float = 0.5
+    """A sample above this share of what it is taken from is not taken: everything is read."""
+    value_floor: float = 0.0
+    """The least norm of an output that the error is relative to, in units of the values' root mean square."""
+    bounds: bool = False
+    """Keep the least and the largest key of every chunk, channel by channel, so that a chunk in which a single heavy
+    token can hide is read for certain; two more summaries in the cache."""
+
+
+@dataclass(frozen=True)
 class Decoding:
     """How a layer attends over a cache."""
 
@@ -36,6 +57,9 @@ class Decoding:
     """Dash layers whose routing block is longer choose their chunks at every so many tokens, a power of two, from the
     window that ends there. None: at their routing block's. Prompts are read as the model was trained."""
 
+    sampling: Sampling = Sampling()
+    """vattention: what is read for certain, and how much is sampled."""
+
     def routing_block(self, block: int) -> int:
         """Tokens that share a routing in steps, for a layer of that routing block."""
         return block if self.routing_every is None else min(self.routing_every, block)
@@ -49,6 +73,7 @@ class LayerCache:
     values: Tensor  # [batch, capacity, kv_heads, head_dim]
     summaries: Tensor | None  # [batch, capacity / chunk_size, kv_heads, head_dim] fp32; where decoding looks at them
     routing: RoutingState | None  # where routing looks back: at more than the newest token's own query
+    bounds: tuple[Tensor, Tensor] | None = None  # least and largest keys, each like summaries, in the keys' type
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, `[batch, ...]`."""
@@ -57,6 +82,26 @@ class LayerCache:
             yield self.summaries
         if self.routing is not None:
             yield from self.routing.tensors()
+        yield from self.bounds or ()
+
+    def update_bounds(self, start: int, stop: int) -> None:
+        """Of the chunks from position `start` on, once the prompts' keys up to `stop` are there."""
+        if self.bounds is not None:
+            chunks = slice(start // self._chunk_size, -(-stop // self._chunk_size))
+            keys = self.keys.unflatten(1, (-1, self._chunk_size))[:, chunks]
+            self.bounds[0][:, chunks], self.bounds[1][:, chunks] = keys.aminmax(dim=2)
+
+    def update_last_bounds(self, lengths: Tensor) -> None:
+        """Of the chunk of each row's newest token; they mean something once it is complete."""
+        if self.bounds is not None:
+            row, chunk = torch.arange(len(lengths), device=lengths.device), (lengths - 1) // self._chunk_size
+            keys = self.keys.unflatten(1, (-1, self._chunk_size))[row, chunk]
+            self.bounds[0][row, chunk], self.bounds[1][row, chunk] = keys.aminmax(dim=1)
+
+    @property
+    def _chunk_size(self) -> int:
+        assert self.bounds is not None
+        return self.keys.shape[1] // self.bounds[0].shape[1]
 
 
 @dataclass
@@ -106,6 +151,8 @@ class Cache:
         def zeros(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, rows, config.kv_heads, config.head_dim, dtype=dtype, device=device)
 
+        bounded = decoding.mode == "vattention" and decoding.sampling.bounds
+
         def layer_cache(layer: int) -> LayerCache:
             routes = decoding.mode != "full" and config.attention_type(layer) == "dash"
             window = config.routing_window(layer)
@@ -116,6 +163,7 @@ class Cache:
                 values=zeros(chunks * chunk_size, dtype),
                 summaries=zeros(chunks, torch.float32) if routes or decoding.mode == "vattention" else None,
                 routing=RoutingState.allocate(batch, chunks, *sizes, dtype, device) if looks_back else None,
+                bounds=(zeros(chunks, dtype), zeros(chunks, dtype)) if bounded else None,
             )
 
         return cls(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dash_train.kernels.dash import find_routing_scale, sample_blocks
 from dash_train.model.config import ModelConfig
+from dash_train.model.rows import Rows
 from dash_train.model.transformer import Block, LanguageModel
 
 SAMPLE = 2**14  # routing blocks of all rows together that a search looks at, where there are more
@@ -26,14 +27,14 @@ def calibrate_routing_scale(model: LanguageModel, batches: Sequence[dict[str, Te
         model: also one whose weights DeepSpeed has partitioned; then every rank calls this with the same batches.
         batches: arguments of `LanguageModel.forward`: `tokens`, and `document_starts` and `real` where they matter.
     """
-    rows = [_Rows(model, **batch) for batch in batches]
+    passing = [_Batch(model, **batch) for batch in batches]
     blocks = _blocks(model)
     for index, block in enumerate(blocks):
-        for batch in rows if index else []:
+        for batch in passing if index else []:
             batch.pass_through(blocks[index - 1])
         if block.self_attn.attention_type == "dash":
-            block.self_attn.routing_scale = _find_scale(block, rows)
-    for batch in rows:
+            block.self_attn.routing_scale = _find_scale(block, passing)
+    for batch in passing:
         batch.release()
     scales = [block.self_attn.routing_scale for block in blocks]
     model.config.attention.routing_scale = scales
@@ -50,7 +51,7 @@ def _blocks(model: LanguageModel) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-class _Rows:
+class _Batch:
     """A batch on its way through the blocks."""
 
     def __init__(
@@ -64,16 +65,15 @@ class _Rows:
         self.transformer, self.context = model.model, model.context
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
-        self.inputs = self.transformer.row_inputs(tokens, document_starts, real, self.context)
-        hidden = self.transformer.embed(self.inputs.tokens)
+        own_tokens, self.positions, self.rows = self.transformer.rows(tokens, document_starts, real, self.context)
+        hidden = self.transformer.embed(own_tokens)
         memory = self.transformer.host_memory
         self.hidden = memory.buffer_like(hidden).copy_(hidden) if memory else hidden
 
-    def block_inputs(self) -> tuple[Any, ...]:
+    def block_inputs(self) -> tuple[Tensor, tuple[Tensor, Tensor], Rows]:
         """The arguments of the next block."""
-        tokens, positions, real, document_starts, mask = self.inputs
-        rotary = self.transformer.rotary(positions, document_starts)
-        return self.hidden.to(tokens.device), rotary, document_starts, real, mask, None, self.context
+        rotary = self.transformer.rotary(self.positions, self.rows.document_starts)
+        return self.hidden.to(self.positions.device), rotary, self.rows
 
     def pass_through(self, block: Block) -> None:
         """Go on to what comes after the block."""
@@ -85,10 +85,10 @@ class _Rows:
             self.transformer.host_memory.free.append(self.hidden)
 
 
-def _find_scale(block: Block, rows: Sequence[_Rows]) -> float:
+def _find_scale(block: Block, passing: Sequence[_Batch]) -> float:
     """The scale of a Dash block, from what its router sees of the rows."""
     attention, options = block.self_attn, block.self_attn.config.attention
-    sampled = SAMPLE // sum(len(batch.hidden) for batch in rows)
+    sampled = SAMPLE // sum(len(batch.hidden) for batch in passing)
     sizes: dict[str, Any] = {"chunk_size": options.chunk_size, "routing_block": attention.routing_block}
     seen: list[tuple[Tensor, ...]] = []
     common: dict[str, Any] = {}
@@ -106,11 +106,9 @@ def _find_scale(block: Block, rows: Sequence[_Rows]) -> float:
         seen.append((router_q, k, document_starts, real))
         common.update(chunk_query=chunk_query.clone(), query_starts=query_starts)
 
-    attention.look = look
-    for batch in rows:
-        hidden, *others = batch.block_inputs()
-        attention(block.input_layernorm(hidden), *others)
-    attention.look = None
+    for batch in passing:
+        hidden, rotary, rows = batch.block_inputs()
+        attention(block.input_layernorm(hidden), rotary, rows, look)
     router_q, k, document_starts, real = map(torch.cat, zip(*seen, strict=True))
     return find_routing_scale(
         router_q,
@@ -118,7 +116,7 @@ def _find_scale(block: Block, rows: Sequence[_Rows]) -> float:
         target=options.initial_density,
         document_starts=document_starts,
         real=real,
-        add_up=rows[0].context.add_up,
+        add_up=passing[0].context.add_up,
         **sizes,
         **common,
     )

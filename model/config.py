@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dash_train.recipe.section import PositiveFloat, PositiveInt, Section
 
 AttentionType = Literal["dash", "full"]
+Density = Annotated[float, Field(gt=0, le=1)]
 ActivationCheckpointing = Literal["none", "full", "selective"]
 
 
@@ -24,8 +25,14 @@ class AttentionConfig(Section):
     routing_scale: PositiveFloat | Literal["auto"] | list[PositiveFloat] = "auto"
     """Factor on the routing scores: larger is sparser. `auto` finds, before step 0, the scale per layer at which the
     density of the run's first rows is `initial_density`, and freezes it; a list gives one number per layer."""
-    initial_density: Annotated[float, Field(gt=0, le=1)] = 0.25
+    initial_density: Density = 0.25
     """The density that `routing_scale: auto` aims at."""
+    target_density: Density | list[tuple[Annotated[int, Field(ge=0)], Density]] | None = None
+    """Steer every Dash layer's routing_scale towards this density while training, by what each step measures, slowly
+    (over some 50 steps); a list `[[0, 0.25], [500, 0.1]]` sets it from these steps on. null leaves the scales alone."""
+    router_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which Dash layers attend to everything while chunk_query learns where that attention goes; then
+    they attend by their routers, with `routing_scale: auto` settled anew. For weights of full attention."""
     prior_normalizer: Literal["geometric_mean", "none", "peak"] = "peak"
     """How the log-prior of routed chunks is centred: on their mean (the authors' choice), not at all, or on their
     maximum (continuous when a chunk enters the support)."""
@@ -41,6 +48,20 @@ class AttentionConfig(Section):
             if self.chunk_size % block:
                 raise ValueError(f"routing_block ({block}) must divide chunk_size ({self.chunk_size})")
         return self
+
+    @model_validator(mode="after")
+    def _targets_ascend(self) -> "AttentionConfig":
+        if isinstance(self.target_density, list):
+            steps = [step for step, _ in self.target_density]
+            if not steps or steps != sorted(set(steps)):
+                raise ValueError(f"target_density lists the steps {steps}, expected at least one, ascending")
+        return self
+
+    def density_at(self, step: int) -> float | None:
+        """What target_density says of a step, counted from 0; None where it says nothing."""
+        if not isinstance(self.target_density, list):
+            return self.target_density
+        return next((density for first, density in reversed(self.target_density) if first <= step), None)
 
 
 class RopeScaling(Section):

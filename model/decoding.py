@@ -63,6 +63,8 @@ def _sampled(q: Tensor, cache: Cache, layer: int, routing: dict[str, Any] | None
         summaries=memory.summaries,
         chunk_bias=prior,
         seed=cache.seeds[layer],
+        bounds=memory.bounds,
+        **{name: value for name, value in vars(decoding.sampling).items() if name != "bounds"},
         chunk_size=memory.keys.shape[1] // memory.summaries.shape[1],
     )
     cache.count_samples(layer, report.tokens_read, report.density, report.half_width, report.dense_fallback)

@@ -76,9 +76,7 @@ def _yarn(frequencies: Tensor, head_dim: int, theta: float, scaling: RopeScaling
     return torch.lerp(frequencies, frequencies / scaling.factor, interpolate)
 
 
-def rotary_tables(
-    positions: Tensor, config: ModelConfig, longest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, config: ModelConfig, longest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 `[batch, seq, 1, head_dim / 2]`, of the positions `[batch, seq]` in their documents.
 
     `longest` (0-dim): tokens of the longest row, where that is not what these positions reach.

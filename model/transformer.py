@@ -5,7 +5,7 @@ Parameter names are those of Hugging Face's Llama (Qwen3 with qk_norm), plus `se
 
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dash_train.model.layers import Embedding, Linear
 from dash_train.model.loss import LanguageModelHead
 from dash_train.model.offload import HostMemory, Offload
 from dash_train.model.rotary import rotary_tables
+from dash_train.model.rows import Rows, Watch
 
 # Of a forward with labels, per layer: the fields of the kernels' RoutingTotals, in their order.
 STATISTICS = ("active_chunks", "eligible_chunks", "union_chunks", "union_active", "residual")
@@ -57,15 +58,11 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
-        document_starts: Tensor | None = None,
-        real: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
-        cache: Cache | None = None,
-        context: Context = WHOLE_ROWS,
+        rows: Rows,
     ) -> tuple[Tensor, RoutingCounts | None]:
         """The next hidden states `[batch, seq, hidden_size]`, and what a Dash layer routed (None with a cache)."""
         normed = self.input_layernorm(hidden)
-        attended, counts = self.self_attn(normed, rotary, document_starts, real, mask, cache, context)
+        attended, counts = self.self_attn(normed, rotary, rows)
         hidden = torch.add(hidden, attended, alpha=self.residual_scale)
         del normed, attended  # as large as the row: gone before the MLP, unless autograd needs them
         return self._add_mlp_in_pieces(hidden), counts
@@ -86,16 +83,6 @@ class Block(nn.Module):
         return torch.add(hidden, self.mlp(self.post_attention_layernorm(hidden)), alpha=self.residual_scale)
 
 
-class RowInputs(NamedTuple):
-    """Rows as the blocks take them."""
-
-    tokens: Tensor  # [batch, seq]; of shared rows this rank's, as all of the following but document_starts
-    positions: Tensor  # [1 or batch, seq], in their documents
-    real: Tensor | None  # at the queries that attend on this rank, as the mask
-    document_starts: Tensor  # [batch, seq] of whole rows
-    mask: Tensor | BlockMask | None
-
-
 class Transformer(nn.Module):
     """Everything between token ids and the output projection."""
 
@@ -111,6 +98,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.host_memory = HostMemory() if activation_offload else None
         self.has_full_layers = any(config.attention_type(layer) == "full" for layer in range(config.layers))
+        self.router_warmup = False  # while it is set, Dash layers attend to everything and their routers learn
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.init_std)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -122,6 +110,7 @@ class Transformer(nn.Module):
         real: Tensor | None = None,
         cache: Cache | None = None,
         context: Context = WHOLE_ROWS,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states `[batch, seq, hidden_size]`, and the layers' STATISTICS `[layers, 5]` fp32.
 
@@ -129,48 +118,49 @@ class Transformer(nn.Module):
         by piece, and there are no statistics.
         """
         if cache is not None:
-            pieces = cache.pieces(tokens, real)
-            return self.norm(torch.cat([self._blocks(*piece, cache=cache)[0] for piece in pieces], 1)), None
-        inputs = self.row_inputs(tokens, document_starts, real, context)
-        hidden, counts = self._blocks(*inputs, context=context)
-        return self.norm(hidden), self._statistics(counts, inputs.document_starts, inputs.real, context)
+            pieces = [
+                self._blocks(piece, positions, Rows(real=real_piece, cache=cache))[0]
+                for piece, positions, real_piece in cache.pieces(tokens, real)
+            ]
+            return self.norm(torch.cat(pieces, 1)), None
+        tokens, positions, rows = self.rows(tokens, document_starts, real, context, watch)
+        hidden, counts = self._blocks(tokens, positions, rows)
+        return self.norm(hidden), self._statistics(counts, rows)
 
-    def row_inputs(
-        self, tokens: Tensor, document_starts: Tensor | None, real: Tensor | None, context: Context
-    ) -> RowInputs:
-        """What the blocks need to know of whole rows `[batch, seq]`."""
+    def rows(
+        self,
+        tokens: Tensor,
+        document_starts: Tensor | None,
+        real: Tensor | None,
+        context: Context,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor, Rows]:
+        """This rank's tokens of whole rows `[batch, seq]`, their positions in their documents `[1 or batch, seq]`, and
+        what the blocks are told of them.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask: Tensor | BlockMask | None = None
         if document_starts is not None:
-            if self.has_full_layers:
+            if self.has_full_layers or self.router_warmup:
                 mask = document_mask(document_starts, context.at_queries(positions)[0])
             positions = positions - document_starts
         else:  # made here once, not by each Dash layer
             document_starts = torch.zeros_like(tokens, dtype=torch.int32)
         if real is not None:
             real = context.at_queries(real)
-        return RowInputs(context.share(tokens), context.share(positions), real, document_starts, mask)
+        told = Rows(document_starts, real, mask, None, context, self.router_warmup, watch)
+        return context.share(tokens), context.share(positions), told
 
-    def _blocks(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        real: Tensor | None,
-        document_starts: Tensor | None = None,
-        mask: Tensor | BlockMask | None = None,
-        cache: Cache | None = None,
-        context: Context = WHOLE_ROWS,
-    ) -> tuple[Tensor, list[RoutingCounts | None]]:
+    def _blocks(self, tokens: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, list[RoutingCounts | None]]:
         """Hidden states after the last block, and what each block's router did."""
-        rotary = self.rotary(positions, document_starts, cache)
+        rotary = self.rotary(positions, rows.document_starts, rows.cache)
         hidden = self.embed(tokens)
         offload = Offload(self.host_memory) if self.host_memory and torch.is_grad_enabled() else None
         counts = []
         for index, block in enumerate(self.layers):
-            inputs = (hidden, rotary, document_starts, real, mask, cache, context)
             is_last = index == len(self.layers) - 1  # the backward pass begins with it: its input stays
             with offload.of(hidden) if offload and not is_last else nullcontext():
-                hidden, layer_counts = run_block(block, inputs, self.activation_checkpointing)
+                hidden, layer_counts = run_block(block, (hidden, rotary, rows), self.activation_checkpointing)
             counts.append(layer_counts)
         return hidden, counts
 
@@ -193,23 +183,32 @@ class Transformer(nn.Module):
                 longest = (index - document_starts).max() + 1
         return rotary_tables(positions, self.config, longest)
 
-    def _statistics(
-        self,
-        counts: list[RoutingCounts | None],
-        document_starts: Tensor,
-        real: Tensor | None,
-        context: Context,
-    ) -> Tensor:
+    def _statistics(self, counts: list[RoutingCounts | None], rows: Rows) -> Tensor:
         """STATISTICS of each layer, `[layers, 5]` fp32: zeros but for Dash layers."""
+        document_starts = rows.document_starts
+        assert document_starts is not None
         nothing = torch.zeros(len(STATISTICS), device=document_starts.device)
         routed = [layer for layer in counts if layer is not None]
         if not routed:
             return nothing.expand(len(counts), -1)
-        query_starts = context.query_starts(document_starts.shape[1])
+        query_starts = rows.context.query_starts(document_starts.shape[1])
         eligible = count_eligible(document_starts, query_starts, routed[0].tokens, self.config.attention.chunk_size)
-        totals = routing_totals(routed, eligible, real, len(query_starts))
-        rows = iter(torch.stack(totals, dim=1).float())
-        return torch.stack([nothing if layer is None else next(rows) for layer in counts])
+        totals = routing_totals(routed, eligible, rows.real, len(query_starts))
+        by_layer = iter(torch.stack(totals, dim=1).float())
+        return torch.stack([nothing if layer is None else next(by_layer) for layer in counts])
+
+
+class Output(TypedDict, total=False):
+    """What a forward returns: the logits without labels; with labels the rest, statistics only without a cache."""
+
+    logits: Tensor
+    loss: Tensor
+    token_losses: Tensor
+    active_chunks: Tensor
+    eligible_chunks: Tensor
+    union_chunks: Tensor
+    union_active: Tensor
+    residual: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -253,7 +252,8 @@ class LanguageModel(nn.Module):
         document_starts: Tensor | None = None,
         real: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> dict[str, Tensor]:
+        watch: Watch | None = None,
+    ) -> Output:
         """Logits, or the loss and the attention's statistics.
 
         Args:
@@ -264,6 +264,7 @@ class LanguageModel(nn.Module):
             real: `[batch, seq]` bool, False for padding, which no statistic counts; None when there is none.
             cache: filled in place: by the whole prompts (`real` False on the right where a row is shorter) when it is
                 empty, then by one token a row. It counts for itself what its layers attended to.
+            watch: called with what goes into the attention of each Dash layer and comes out (see `rows.py`).
 
         Returns:
             Without labels, `logits` `[batch, seq, vocab]`, or `[batch, 1, vocab]`, those of each row's last real
@@ -275,7 +276,7 @@ class LanguageModel(nn.Module):
             sums (`token_losses` `[batch, seq / size]`: `context.share` of them all).
         """
         context = WHOLE_ROWS if labels is None or cache is not None else self.context
-        hidden, statistics = self.model(tokens, document_starts, real, cache, context)
+        hidden, statistics = self.model(tokens, document_starts, real, cache, context, watch)
         if self.config.logits_scale != 1:
             hidden = hidden * self.config.logits_scale
         if labels is None:
@@ -283,5 +284,13 @@ class LanguageModel(nn.Module):
         loss, token_losses = self.lm_head(hidden, context.share(labels))
         if statistics is None:
             return {"loss": loss, "token_losses": token_losses}
-        by_name = dict(zip(STATISTICS, statistics.unbind(1), strict=True))
-        return {"loss": loss, "token_losses": token_losses, **by_name}
+        active, eligible, union, union_active, residual = statistics.unbind(1)
+        return {
+            "loss": loss,
+            "token_losses": token_losses,
+            "active_chunks": active,
+            "eligible_chunks": eligible,
+            "union_chunks": union,
+            "union_active": union_active,
+            "residual": residual,
+        }

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_train.benchmark.captured import LayerInputs, captured_layers
 from dash_train.benchmark.context import context_row
-from dash_train.benchmark.timing import extra_memory, kernel_times, milliseconds
+from dash_train.benchmark.timing import captured, extra_memory, kernel_times, milliseconds
 from dash_train.distributed.world import init_world
 from dash_train.errors import UserError
 
@@ -85,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time forward and backward pass together, not the forward pass alone (--captured always times both)",
     )
     parser.add_argument(
+        "--graph", action="store_true", help="replay ours as a CUDA graph: without what launching takes the host"
+    )
+    parser.add_argument(
         "--no-peers", action="store_true", help="time no full attention, which takes minutes on very long rows"
     )
 
@@ -93,23 +96,23 @@ def run(args: argparse.Namespace) -> Row:
     """The row of `launch/benchmark.py attention`; with several ranks, of a row that they share."""
     peers = {} if args.no_peers else PEERS
     if args.captured:
-        return captured_row(args.captured, peers)
+        return captured_row(args.captured, peers, args.graph)
     case = AttentionCase(**{field.name: getattr(args, field.name) for field in fields(AttentionCase)})
     world = init_world() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     inputs, row = make_inputs(case)
     if world:
         return row | context_row(world, inputs)
-    row |= pass_row(inputs, args.backward, peers)
+    row |= pass_row(inputs, args.backward, peers, args.graph)
     return row | kernel_times(dash_pass(inputs, args.backward))  # last: the profiler slows every launch after it
 
 
-def captured_row(path: Path, peers: dict[str, SDPBackend]) -> Row:
+def captured_row(path: Path, peers: dict[str, SDPBackend], graph: bool = False) -> Row:
     """Forward pass, and forward and backward pass, of all Dash layers together; each by itself under "layers"."""
     layers: list[Row] = []
     for index, inputs in enumerate(captured_layers(path, "cuda")):
         if inputs.routing:
             row: Row = {"layer": index, "routing_window": inputs.window, **inputs.routing, **routing_row(inputs)}
-            layers.append(row | pass_row(inputs, False, peers) | pass_row(inputs, True, peers))
+            layers.append(row | pass_row(inputs, False, peers, graph) | pass_row(inputs, True, peers, graph))
     if not layers:
         raise UserError(f"{path}: holds no Dash layer; all of the model's attention is full")
     total: Row = {"layers": layers}
@@ -206,15 +209,16 @@ def routing_row(inputs: LayerInputs) -> Row:
     return {"density": stats.density.item(), "union": stats.union_factor.item()}
 
 
-def pass_row(inputs: LayerInputs, backward: bool, peers: dict[str, SDPBackend]) -> Row:
+def pass_row(inputs: LayerInputs, backward: bool, peers: dict[str, SDPBackend], graph: bool = False) -> Row:
     """Milliseconds of the forward pass, or of forward and backward pass together, ours and the peers'; memory.
 
-    A peer that does not fit into memory or does not run has its error in place of a time.
+    With `graph` ours is a CUDA graph of the pass. A peer that does not fit into memory or does not run has its error
+    in place of a time.
     """
     what = "forward_backward" if backward else "forward"
     ours = dash_pass(inputs, backward)
     results = (inputs.q, *inputs.tensors()) if backward else ()  # sizes of the output and the gradients
-    row: Row = {f"{what}_ms": milliseconds(ours)}
+    row: Row = {f"{what}_ms": milliseconds(captured(ours).replay if graph else ours)}
     row[f"{what}_extra_gib"] = extra_memory(ours) - sum(t.nbytes for t in results) / 2**30
     for name, backend in peers.items():
         row |= _against(what, name, _peer_time(inputs, backward, backend), row[f"{what}_ms"])

@@ -16,13 +16,14 @@ from torch import Tensor
 from dash_train.benchmark.captured import captured_problems
 from dash_train.benchmark.populations import POPULATIONS, Problem, make_problem
 from dash_train.kernels.vattention import vattention_decode
+from dash_train.kernels.vattention.checks import SAMPLERS
 
 LEVELS = (0.1, 0.05, 0.025)  # epsilon and delta alike
 MAX_FALLBACKS = 0.2  # a cell with more of them is not covered by sampling
 BLOCK_ROWS = 16  # queries at once
 COLUMNS = (
     *("population", "verify", "bounds", "ε = δ", "Pr(error > ε) ± 3 s.e.", "of \\|o\\|"),
-    *("mean error / ε", "density", "fallbacks", ""),
+    *("mean error / ε", "density", "sketch", "fallbacks", ""),
 )
 
 
@@ -40,6 +41,7 @@ class Outcome(NamedTuple):
     error: Tensor  # relative to max(|o|, c rms(v)), or of the denominator
     plain_error: Tensor  # relative to |o|
     density: Tensor
+    sketch: Tensor  # bytes read of it, relative to those of all keys and values in 16 bits
     dense: Tensor
 
 
@@ -77,16 +79,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chunk-size", type=int, default=64, help="tokens of a chunk (default: %(default)s)")
     parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=SAMPLERS[0],
+        help="vattention: how tokens are drawn; sketch always has page bounds (default: %(default)s)",
+    )
+    parser.add_argument(
         "--heavy",
         type=float,
-        default=0.05,
-        help="vattention: share of the chunks that is read for certain, by their summaries (default: %(default)s)",
+        help="vattention: share of the chunks that is read for certain, by their summaries (default: the sampler's)",
     )
     parser.add_argument(
         "--base-sample",
         type=int,
-        default=512,
-        help="vattention: tokens of the first sample, which estimates the variance (default: %(default)s)",
+        help="vattention: tokens of the first sample, which estimates the variance (default: the sampler's)",
     )
     parser.add_argument(
         "--value-floor",
@@ -130,7 +136,8 @@ def synthetic_problems(name: str, args: argparse.Namespace) -> Iterator[Problem]
 
 def measure(problems: Iterator[Problem], args: argparse.Namespace) -> list[dict[str, float | str | bool]]:
     """The rows of one population, each over all of its pairs."""
-    cells = [Cell(v, b, level) for v in ("output", "denominator") for b in (False, True) for level in LEVELS]
+    bounded = (True,) if args.sampler == "sketch" else (False, True)
+    cells = [Cell(v, b, level) for v in ("output", "denominator") for b in bounded for level in LEVELS]
     outcomes: dict[Cell, list[Outcome]] = {cell: [] for cell in cells}
     for index, problem in enumerate(problems):
         targets = {verify: exact(problem, verify, args) for verify in ("output", "denominator")}
@@ -188,6 +195,7 @@ def outcome(
         value_floor=args.value_floor,
         bounds=bounds if cell.bounded else None,
         chunk_size=args.chunk_size,
+        sampler=args.sampler,
     )
     out = out.unflatten(1, expected.shape[1:3])
     if cell.verify == "denominator":  # out is the own chunk's share of D
@@ -195,8 +203,10 @@ def outcome(
     else:
         distance, length = (out - expected).norm(dim=-1), expected.norm(dim=-1)
         error, plain_error = distance / torch.maximum(length, floor), distance / length
-    density, dense = (x[..., None].expand_as(error) for x in (report.density, report.dense_fallback.float()))
-    return Outcome(*(x.flatten().cpu() for x in (error, plain_error, density, dense)))
+    whole = report.tokens_read / report.density * (4 * problem.k.shape[-1])  # bytes
+    sketch = torch.zeros_like(whole) if report.sketch_bytes is None else report.sketch_bytes / whole
+    read = (x[..., None].expand_as(error) for x in (report.density, sketch, report.dense_fallback.float()))
+    return Outcome(*(x.flatten().cpu() for x in (error, plain_error, *read)))
 
 
 def page_bounds(k: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -223,6 +233,7 @@ def summary(cell: Cell, found: Outcome) -> dict[str, float | str | bool]:
         "plain_rate": (found.plain_error > cell.level).float().mean().item(),
         "mean_error": found.error.mean().item(),
         "density": found.density.mean().item(),
+        "sketch": found.sketch.mean().item(),
         "fallbacks": fallbacks,
         "verdict": "not sampled" if fallbacks > MAX_FALLBACKS else "covered" if rate <= allowed else "NOT covered",
     }
@@ -233,5 +244,9 @@ def table_line(name: str, row: dict[str, float | str | bool]) -> str:
     plain = f"{row['plain_rate']:.3f}" if row["verify"] == "output" else ""
     values = [name, row["verify"], "yes" if row["bounds"] else "no", row["epsilon"]]
     values += [f"{row['rate']:.3f} ± {3 * float(row['standard_error']):.3f}", plain]
-    values += [f"{float(row['mean_error']) / float(row['epsilon']):.2f}", f"{row['density']:.3f}"]
+    values += [
+        f"{float(row['mean_error']) / float(row['epsilon']):.2f}",
+        f"{row['density']:.3f}",
+        f"{row['sketch']:.3f}",
+    ]
     return "| " + " | ".join(map(str, [*values, f"{row['fallbacks']:.2f}", row["verdict"]])) + " |"

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -146,12 +146,12 @@ def dash_row(case: DecodeCase) -> tuple[Row, Inputs]:
 
     def decode(inputs: Inputs, _step: int) -> Tensor:
         caches = (inputs.k_cache, inputs.v_cache, inputs.summaries)
-        return dash_decode(inputs.q, *caches, inputs.lengths, **asdict(config), backend="triton")
+        return dash_decode(inputs.q, *caches, inputs.lengths, **config._asdict(), backend="triton")
 
     row: Row = {"density": _density(case, sets, config), "routing_scale": config.routing_scale}
     if case.routing_block == case.routing_window == 1:
         return row | _decode_times(decode, sets, must_read), sets[0]
-    step = _block_step(replace(config, routing_block=case.routing_block), sets)
+    step = _block_step(config._replace(routing_block=case.routing_block), sets)
     return row | _decode_times(step, sets, must_read, STEPS), sets[0]
 
 
@@ -175,7 +175,7 @@ def _block_step(config: DashConfig, sets: list[Inputs]) -> Callable[[Inputs, int
             routing_block=config.routing_block,
             backend="triton",
         )
-        options = {**asdict(config), "state": inputs.state, "backend": "triton"}
+        options = {**config._asdict(), "state": inputs.state, "backend": "triton"}
         return dash_decode(inputs.q, *caches, inputs.summaries, lengths[step], **options)
 
     return step

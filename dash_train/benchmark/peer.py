@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_train.errors import UserError
-from dash_train.huggingface.conversion import huggingface_config
+from dash_train.huggingface.families import huggingface_config
 from dash_train.model.config import ModelConfig
 from dash_train.recipe.schema import OptimizerConfig
 from dash_train.training.optimizer import parameter_groups

@@ -5,13 +5,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from dash_train.tracking.environment import environment
+
 NOT_ARGUMENTS = ("json", "debug", "local_rank")
 
 
 def write_json(path: Path, args: Namespace, result: dict[str, Any]) -> None:
-    """Write the command's arguments and its result."""
+    """Write the command's arguments, what it ran on and its result."""
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_ARGUMENTS}
-    path.write_text(json.dumps({"arguments": arguments, **result}, indent=2, default=str) + "\n")
+    path.write_text(
+        json.dumps({"arguments": arguments, "environment": environment(), **result}, indent=2, default=str) + "\n"
+    )
 
 
 def markdown_table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from dash_train.model.attention import Attention
 from dash_train.model.cache import Cache, Decoding
 from dash_train.model.config import ModelConfig
 from dash_train.model.rotary import rotary_tables
+from dash_train.model.rows import Rows
 from dash_train.model.transformer import Block, LanguageModel
 
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -173,7 +174,7 @@ def _set_density(model: LanguageModel, cache: Cache, tokens: Tensor, density: fl
         for i, place in enumerate(places):
             cache.lengths.fill_(place)
             next(cache.pieces(tokens, None))
-            hidden[i], _ = block(hidden[i], tables[i], cache=cache)
+            hidden[i], _ = block(hidden[i], tables[i], Rows(cache=cache))
 
 
 def _scale_of(density: float, q: Tensor, cache: Cache, layer: int, config: ModelConfig) -> float:

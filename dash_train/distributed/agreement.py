@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dash_train.distributed.world import gather_objects
 from dash_train.errors import UserError
-from dash_train.recipe.load import flat
 from dash_train.recipe.schema import Recipe
+from dash_train.recipe.values import flat
 from dash_train.tracking.environment import package_versions
 
 
@@ -36,7 +36,8 @@ def check_agreement(recipe: Recipe) -> None:
 def _facts(recipe: Recipe) -> dict[str, object]:
     packages = {f"the version of {name}": version for name, version in package_versions().items()}
     return {
-        **flat(recipe.model_dump(mode="json", by_alias=True)),
+        # Whether run_dir is one folder is tried with a file (`run_folder.claim`): names say little.
+        **flat(recipe.model_dump(mode="json", by_alias=True, exclude={"run_dir"})),
         **packages,
         "the version of python": platform.python_version(),
         "the source of dash_train": _source_digest(),

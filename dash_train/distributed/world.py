@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,9 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 # How long the ranks wait for the last of them to start.
 START_TIMEOUT = timedelta(minutes=10)
+SLOW_START = 20.0  # seconds after which it is said that they wait
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,21 @@ def init_world() -> World:
 
 def _meet(backend: str) -> None:
     place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    ranks = os.environ["WORLD_SIZE"]
+    slow = threading.Timer(SLOW_START, logger.warning, ("waiting at %s until all %s ranks have started", place, ranks))
+    slow.daemon = True
+    slow.start()
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     except (dist.DistError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{place}: the {os.environ['WORLD_SIZE']} ranks did not meet there ({reason}); start all of them, on a "
-            "port that is free (deepspeed --master_port, torchrun --master-port)"
+            f"{place}: the {ranks} ranks did not meet there ({reason}); start all of them, on a port that is free "
+            "(deepspeed --master_port, torchrun --master-port)"
         ) from error
+    finally:
+        slow.cancel()
 
 
 def _leave() -> None:

@@ -80,10 +80,10 @@ def _text_documents(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
 
 
 def _validation_documents(run_dir: Path) -> list[list[int]]:
-    from dash_train.data.prepare import prepare
-    from dash_train.recipe.load import load_recipe
+    from dash_train.training.checkpoint import find
+    from dash_train.training.run_data import data_of
 
-    shards = TokenShards(prepare(load_recipe(run_dir / "recipe.yaml").data) / "validation")
+    shards = TokenShards(data_of(find(run_dir)) / "validation")
     return [shards.tokens(i, 0, int(length)).tolist() for i, length in enumerate(shards.lengths)]
 
 

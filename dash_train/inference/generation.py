@@ -15,7 +15,7 @@ from dash_train.data.tokenizer import Tokenizer
 from dash_train.errors import UserError
 from dash_train.inference.decode_report import DecodeReport
 from dash_train.inference.decode_step import DecodeStep
-from dash_train.model.cache import PIECE_SIZE, Cache, Decoding
+from dash_train.model.cache import PIECE_SIZE, Cache, Decoding, Sampling
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
 
@@ -64,8 +64,11 @@ def choose_decoding(
     delta: float = Decoding.delta,
     verify: str = Decoding.verify,
     routing_every: int | None = None,
+    **sampling: Any,
 ) -> Decoding:
     """How to decode a model: `full`, `dash` or `vattention`; None is `dash` where it has Dash layers, else `full`.
+
+    `sampling` are fields of `Sampling`.
 
     Raises:
         UserError: the model cannot be decoded in that way, or a value is none that there is.
@@ -82,7 +85,13 @@ def choose_decoding(
         raise UserError(f"expected epsilon and delta between 0 and 1; found epsilon {epsilon}, delta {delta}")
     if routing_every is not None and (routing_every < 1 or routing_every & (routing_every - 1)):
         raise UserError(f"expected routing_every a power of two, or none; found {routing_every}")
-    return Decoding(mode, epsilon, delta, verify, routing_every)  # type: ignore[arg-type]
+    for name in ("heavy", "max_sample"):
+        if not 0 <= sampling.get(name, 0) <= 1:
+            raise UserError(f"expected {name} from 0 to 1, a share; found {sampling[name]}")
+    for name, least in (("sink", 0), ("window", 0), ("base_sample", 2), ("value_floor", 0)):
+        if not sampling.get(name, least) >= least:
+            raise UserError(f"expected {name} of at least {least}; found {sampling[name]}")
+    return Decoding(mode, epsilon, delta, verify, routing_every, Sampling(**sampling))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -3,8 +3,17 @@
 import argparse
 
 from dash_train.inference.generation import choose_decoding
-from dash_train.model.cache import PIECE_SIZE, Decoding
+from dash_train.model.cache import PIECE_SIZE, Decoding, Sampling
 from dash_train.model.config import ModelConfig
+
+SAMPLING = {
+    "sink": "tokens at the start of a row that are read for certain",
+    "window": "tokens at the end of a row that are read for certain",
+    "heavy": "share of the chunks that is read for certain because their summaries weigh most",
+    "base_sample": "tokens of the first sample, from which the variances come",
+    "max_sample": "a sample above this share of what it is taken from is not taken, everything is read",
+    "value_floor": "least norm of an output that the error is relative to, in units of the values' root mean square",
+}
 
 
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +48,19 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         help="Dash layers choose their chunks at every so many tokens, a power of two, where their routing block is "
         "longer (default: their routing block)",
     )
+    for name, meaning in SAMPLING.items():
+        default = getattr(Sampling, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"vattention: {meaning} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--bounds",
+        action="store_true",
+        help="vattention: keep the least and the largest key of every chunk, so that a lone heavy token is not missed",
+    )
     parser.add_argument(
         "--piece-size",
         type=int,
@@ -49,5 +71,5 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
 
 def decoding_of(args: argparse.Namespace, config: ModelConfig) -> Decoding:
     """What the options ask for."""
-    names = ("epsilon", "delta", "verify", "routing_every")
+    names = ("epsilon", "delta", "verify", "routing_every", *SAMPLING, "bounds")
     return choose_decoding(config, args.decode, **{name: getattr(args, name) for name in names})

@@ -1,6 +1,5 @@
 """Trained models as commands take them: a run folder, one of its checkpoints, or an exported folder."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 
 from dash_train.data.tokenizer import Tokenizer, load_tokenizer
-from dash_train.errors import UserError
 from dash_train.model.transformer import LanguageModel
 from dash_train.training import checkpoint
 from dash_train.training.initial import open_source
@@ -45,25 +43,19 @@ def load_trained(path: str | Path) -> Trained:
     """
     from dash_train.huggingface.conversion import (  # transformers' formats, which take a while to import
         assemble,
-        eos_ids,
+        read_eos_ids,
     )
+    from dash_train.huggingface.export import read_max_seq
 
     path = Path(path)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     source = open_source(path, named_by="")
-    if source.tokenizer == path:
-        seq, run_dir, ends = _exported_seq(path), None, frozenset(eos_ids(path))
+    if source.checkpoint is None:
+        seq, run_dir = read_max_seq(path), None
     else:
-        seq = checkpoint.load_state(checkpoint.find(path)).recipe["train"]["seq"]
-        run_dir, ends = source.tokenizer.parent, frozenset()
+        seq, run_dir = checkpoint.load_state(source.checkpoint).recipe["train"]["seq"], source.tokenizer.parent
+    ends = frozenset(read_eos_ids(source.tokenizer))
     with redirect_stdout(sys.stderr):  # DeepSpeed tells there how it gathers shards
         weights = source.load()
     model = assemble(source.config, weights, dtype, device, path)
     return Trained(model, load_tokenizer(source.tokenizer), seq, run_dir, ends)
-
-
-def _exported_seq(folder: Path) -> int:
-    values = json.loads((folder / "config.json").read_text())
-    if "max_position_embeddings" not in values:
-        raise UserError(f"{folder}/config.json: no max_position_embeddings; expected the longest context of the model")
-    return int(values["max_position_embeddings"])

@@ -1,6 +1,7 @@
 """Reads a recipe: YAML, overrides, checks, and one line for what is wrong with it."""
 
 import difflib
+import os
 import re
 import reprlib
 from itertools import pairwise
@@ -10,9 +11,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dash_train.data.config import SourceConfig, TokenizerConfig
 from dash_train.errors import UserError
 from dash_train.recipe.schema import Recipe
 from dash_train.recipe.section import flatten_annotation, is_section
+from dash_train.recipe.stages import stage_recipe
 
 MOST_BYTES, MOST_KEYS = 1 << 20, 10_000  # a recipe has a few hundred; more is another file, or aliases that multiply
 LARGEST_FLOAT, LARGEST_INT = 1e30, 2**63 - 1  # what float32 and 64 bits hold with room to compute
@@ -44,27 +47,29 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except RecursionError as error:
         raise UserError(f"{path}: values that are nested too deeply") from error
     _check_numbers(recipe.model_dump(by_alias=True), path, lines)
+    for number in range(len(recipe.stages)):
+        try:
+            stage_recipe(recipe, number)
+        except ValidationError as error:
+            raise UserError(_describe(error, Path(f"{path}: stages.{number}"), {})) from error
+    _resolve_paths(recipe)
     return recipe
 
 
-def merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Put the values of `extra` into `into`, section by section."""
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def _resolve_paths(recipe: Recipe) -> None:
+    """Make relative paths absolute, so that a run and its later commands mean the same wherever they are started."""
+    recipe.run_dir = os.path.abspath(recipe.run_dir)
+    if recipe.init.from_ is not None:
+        recipe.init.from_ = os.path.abspath(recipe.init.from_)
+    data = recipe.data
+    data.cache = os.path.abspath(os.path.expanduser(data.cache))
+    sections: list[SourceConfig | TokenizerConfig] = [*data.sources, *data.validation, data.tokenizer]
+    for section in sections:
+        path = section.path
+        is_name = isinstance(section, SourceConfig) and section.type == "huggingface"
+        if path is None or "://" in path or (is_name and not os.path.exists(os.path.expanduser(path))):
+            continue
+        section.path = os.path.abspath(os.path.expanduser(path))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -213,9 +218,12 @@ def recipe_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str
 def _nearest(location: tuple[Any, ...], section: type[BaseModel] | None) -> str:
     *parents, name = [str(part) for part in location]
     siblings = [field.alias or n for n, field in section.model_fields.items()] if section else []
+    # By their last part; of several keys the shortest.
+    elsewhere = {key.rpartition(".")[2]: key for key in sorted(recipe_keys(), key=len, reverse=True)}
+    if name in elsewhere:
+        return f"; did you mean {elsewhere[name]}?"
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"; did you mean {'.'.join([*parents, close[0]])}?"
-    elsewhere = {key.rpartition(".")[2]: key for key in reversed(recipe_keys())}
     if close := difflib.get_close_matches(name, list(elsewhere), n=1):
         return f"; did you mean {elsewhere[close[0]]}?"
     return f"; here stand {', '.join(siblings)}"

@@ -23,30 +23,50 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class InitConfig(Section):
     from_: str | None = Field(default=None, alias="from")
     """Weights to start from: a run folder, one of its checkpoints, or an exported (Hugging Face) folder; null draws
-    random weights. The optimizer and the schedule always start fresh."""
+    random weights."""
+    keep: list[Literal["optimizer", "schedule", "data"]] = Field(default_factory=list)
+    """What else of the run that `from` names goes on: `optimizer` (moments), `schedule` (the count of steps, so that
+    train.steps and the schedule count from that run's beginning), `data` (the place in the training rows). Whatever is
+    not named starts fresh."""
 
     @field_validator("from_")
     @classmethod
     def _expanded(cls, value: str | None) -> str | None:
         return None if value is None else _expand(value)
 
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> "InitConfig":
+        if self.keep and self.from_ is None:
+            raise ValueError("keep: needs init.from, the run of which something is kept")
+        return self
+
 
 class OptimizerConfig(Section):
+    type: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` for the blocks' matrices and AdamW for embeddings, output, norms and chunk_query. Muon's
+    updates are as large as AdamW's, so that learning rate and weight decay mean the same."""
     lr: PositiveFloat = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moments."""
+    momentum: Decay | None = None
+    """Decay rate of Muon's momentum; null takes 0.95."""
     eps: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay; embeddings, norms, biases and chunk_query get none."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, updated every step and kept in checkpoints beside them
+    (0.999 averages over some thousand steps); null keeps none."""
 
 
 class ScheduleConfig(Section):
     type: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warmup: cosine to the end, warmup-stable-decay, or constant."""
+    steps: PositiveInt | None = None
+    """Steps over which it runs; null takes train.steps (of a recipe with stages: those of all stages)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises linearly from 0."""
     decay_steps: PositiveInt | None = None
@@ -85,6 +105,14 @@ class TrainConfig(Section):
     Nothing is learnt from their rows; all other steps read the rows that they would have read."""
     max_nonfinite_steps: PositiveInt = 10
     """Steps with a non-finite gradient are skipped; this many in a row stop the run."""
+    on_spike: Literal["ignore", "warn", "rollback"] = "warn"
+    """What a step does whose loss stands far above those before it (`spike_threshold`): nothing, a warning, or
+    `rollback`: the last checkpoint is loaded again, and training goes on after the rows that led to the spike."""
+    spike_threshold: PositiveFloat = 8.0
+    """How far above the median of the last 64 losses a spike stands, in standard deviations (estimated from the median
+    distance to the median)."""
+    time_limit: PositiveFloat | None = None
+    """Seconds after the start of the command at which the run saves and ends (exit code 0); null: no limit."""
 
     @field_validator("skip_steps")
     @classmethod
@@ -145,6 +173,15 @@ class CheckpointConfig(Section):
     """Steps between checkpoints (also at the end, and on SIGTERM or SIGUSR1)."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every multiple of so many steps are kept as well; null: of none."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """So many checkpoints of the lowest validation loss are kept as well, of those whose step was validated."""
+    copy_to: str | None = None
+    """Address that fsspec knows (`s3://bucket/run`, a folder of another disk) to which every checkpoint is copied; a
+    run folder without checkpoints goes on from the newest there. Nothing is removed there. null: no copies."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory (12 bytes a parameter, over the ranks)."""
 
 
 class ProfileConfig(Section):
@@ -168,6 +205,12 @@ class TrackingConfig(Section):
     router_gradients_every: Annotated[int, Field(ge=0)] = 0
     """Steps between measurements of the gradients' norms through the router, per layer (a second backward pass of
     attention); 0 never measures."""
+    compare_ranks_every: Annotated[int, Field(ge=0)] = 200
+    """Steps between comparisons of the ranks, which warn of those that hold the others up (a product on each GPU, and
+    the wait for data); 0 never compares."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl for TensorBoard, too, into the run folder's `tensorboard` (package
+    tensorboard)."""
     profile: ProfileConfig | None = None
     """Steps of which the main rank writes a torch trace and, on CUDA, a memory snapshot into the run folder's
     `profile`; null records nothing. Recorded steps are slower."""
@@ -176,6 +219,29 @@ class TrackingConfig(Section):
     @classmethod
     def _off_is_no_truth_value(cls, value: Any) -> Any:
         return "off" if value is False else value  # what YAML makes of a plain off
+
+
+class RunStage(Section):
+    steps: PositiveInt
+    """Optimizer steps of the stage."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the section that the stage has of its own, as are those below: `{attention: {routing_block: 16}}`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Its text: other sources or weights. The tokenizer stays."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """Its optimizer; the moments go on."""
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    """Its learning rate."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Its rows and batches: `{seq: 32768, global_batch_size: 16}`."""
+    parallel: dict[str, Any] = Field(default_factory=dict)
+    """How its work is spread over the ranks."""
+    checkpoint: dict[str, Any] = Field(default_factory=dict)
+    """What it saves."""
+    tracking: dict[str, Any] = Field(default_factory=dict)
+    """What it tells."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Its DeepSpeed configuration."""
 
 
 class Recipe(Section):
@@ -189,7 +255,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     """Text, tokenizer, rows."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    """AdamW or Muon."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
     train: TrainConfig = TrainConfig()
@@ -202,11 +268,23 @@ class Recipe(Section):
     """Where metrics go besides metrics.jsonl."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Added to the generated DeepSpeed configuration; keys are checked, and those the recipe sets are refused."""
+    stages: list[RunStage] = Field(default_factory=list)
+    """Stages that follow each other in one run, each with keys of its own: weights, moments, count of steps and place
+    in the text go on from one to the next. train.steps is the sum of their steps. An empty list: the recipe is one."""
 
     @field_validator("run_dir")
     @classmethod
     def _expanded(cls, value: str) -> str:
         return _expand(value)
+
+    @model_validator(mode="after")
+    def _sum_of_stages(self) -> "Recipe":
+        steps = sum(stage.steps for stage in self.stages)
+        if self.stages and "steps" in self.train.model_fields_set and self.train.steps != steps:
+            raise ValueError(f"train.steps ({self.train.steps}) is not the sum of the stages' ({steps}); leave it out")
+        if self.stages:  # by-passing validate_assignment, which would begin again here
+            self.__dict__["train"] = self.train.model_copy(update={"steps": steps})
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -238,6 +316,12 @@ class Recipe(Section):
                 "train.precision bf16 needs parallel.zero_stage 1, 2 or 3: DeepSpeed's stage 0 applies Adam's first "
                 "step twice in bf16"
             )
+        if self.optimizer.type == "muon" and self.parallel.offload_optimizer != "none":
+            raise ValueError(
+                "optimizer.type muon needs parallel.offload_optimizer: none; matrices are made orthogonal on the GPU"
+            )
+        if self.optimizer.type != "muon" and self.optimizer.momentum is not None:
+            raise ValueError("optimizer.momentum is Muon's: set optimizer.type: muon, or leave it out")
         if train.activation_offload and train.activation_checkpointing == "none":
             raise ValueError("train.activation_offload needs train.activation_checkpointing: full or selective")
         return self

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,13 @@ PACKAGES = ("torch", "triton", "deepspeed", "transformers", "datasets", "sentenc
 
 def write_environment(run_dir: Path) -> None:
     """Write environment.json into the run folder."""
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on, by name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    facts = {
+    return {
         "command": sys.argv,
         "git": _git_hash(),
         "python": platform.python_version(),
@@ -23,7 +29,6 @@ def write_environment(run_dir: Path) -> None:
         "device": device,
         "packages": package_versions(),
     }
-    (run_dir / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _git_hash() -> str | None:

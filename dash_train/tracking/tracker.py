@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Tracker:
     def __init__(self, recipe: Recipe, run_dir: Path, first_step: int) -> None:
         self.metrics = MetricsFile(run_dir)
         self.wandb = _start_wandb(recipe, run_dir)
+        self.board = _open_tensorboard(recipe, run_dir, first_step)
         self.steps = recipe.train.steps
         self.console = Console(highlight=False)
         self.first_step, self.started = first_step, time.perf_counter()
@@ -43,6 +45,10 @@ class Tracker:
         self._write(values)
         self.say(f"step {values['step']}/{self.steps}: passed over, as train.skip_steps says")
 
+    def log_event(self, values: dict[str, Any]) -> None:
+        """Write a line of something that happened at a step, without a loss."""
+        self._write(values)
+
     def log_validation(self, values: dict[str, Any]) -> None:
         """Write a validation line and show it."""
         self._write(values)
@@ -50,6 +56,17 @@ class Tracker:
             f"step {values['step']}: validation loss {values['validation_loss']:.4f}, "
             f"{values['validation_bits_per_byte']:.4f} bits per byte{_density(values, 'validation_density')}"
         )
+
+    def log_figure(self, path: Path, step: int) -> None:
+        """Show a PNG wherever the metrics go besides metrics.jsonl."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({path.stem: wandb.Image(str(path))}, step=step)
+        if self.board is not None:
+            from matplotlib.image import imread
+
+            self.board.add_image(path.stem, imread(path), step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Show a line (above the progress bar, where there is one). A reader who has gone, as the `tee` of a pipeline
@@ -67,16 +84,20 @@ class Tracker:
             self.live.stop()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.board is not None:
+            self.board.close()
         self.metrics.close()
 
     def _write(self, values: dict[str, Any]) -> None:
         self.metrics.write(values)
+        if self.wandb is None and self.board is None:
+            return
+        flat = _flat(values)
         if self.wandb is not None:
-            flat = {key: value for key, value in values.items() if not isinstance(value, list)}
-            for key, value in values.items():
-                if isinstance(value, list):
-                    flat |= {f"{key}/{layer}": number for layer, number in enumerate(value)}
             self.wandb.log(flat, step=values["step"])
+        for key, value in flat.items() if self.board is not None else ():
+            if isinstance(value, int | float) and key != "step":
+                self.board.add_scalar(key, value, values["step"])
 
     def _eta(self, step: int) -> float:
         done = max(step - self.first_step, 1)
@@ -103,6 +124,38 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """One number a key: `density/3` of layer 3, `source_tokens/stdlib` of a source."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{layer}": number for layer, number in enumerate(value)}
+        elif isinstance(value, dict):
+            flat |= {f"{key}/{name}": number for name, number in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def check_tensorboard(recipe: Recipe) -> None:
+    """See that TensorBoard's files can be written, where the recipe wants them.
+
+    Raises:
+        UserError: the package is not there.
+    """
+    if recipe.tracking.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tracking.tensorboard: true needs the package tensorboard: pip install tensorboard")
+
+
+def _open_tensorboard(recipe: Recipe, run_dir: Path, first_step: int) -> Any:
+    if not recipe.tracking.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Steps that a resume takes again are shown once.
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
 
 def check_wandb(recipe: Recipe) -> None:

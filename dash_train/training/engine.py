@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from dash_train.errors import UserError
-from dash_train.recipe.load import merge
 from dash_train.recipe.schema import Recipe
+from dash_train.recipe.values import merge
+from dash_train.training.muon import Muon
 from dash_train.training.optimizer import build_optimizer
 
 # DeepSpeed's own keys that a recipe sets elsewhere.
@@ -56,7 +57,7 @@ def deepspeed_config(recipe: Recipe, ranks: int = 1) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # Stage 0 clips in its own optimizer (optimizer.GuardedAdamW).
+        # Stage 0 clips in its own optimizer (optimizer.Guarded).
         "gradient_clipping": recipe.optimizer.grad_clip if stage else 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -88,6 +89,8 @@ def build_engine(model: nn.Module, recipe: Recipe, config: dict[str, Any]) -> An
 
     optimizer = build_optimizer(model, recipe.optimizer, zero_stage=recipe.parallel.zero_stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if isinstance(optimizer, Muon) and recipe.parallel.zero_stage:
+        optimizer.attach(engine)
     return engine
 
 

@@ -14,11 +14,12 @@ from dash_train.errors import UserError
 from dash_train.model.config import ModelConfig
 from dash_train.model.context import WHOLE_ROWS, Context
 from dash_train.model.transformer import LanguageModel
-from dash_train.recipe.load import merge
 from dash_train.recipe.schema import Recipe
+from dash_train.recipe.values import merge
 from dash_train.training import checkpoint
 
 VOCAB_MULTIPLE = 64
+GROWS = ("model.embed_tokens.weight", "lm_head.weight")  # with the vocabulary
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the weights, by train.precision
 
 
@@ -30,10 +31,14 @@ class Source:
     tokenizer: Path
     load: Callable[[], dict[str, Tensor]]
     """Reads the weights, on the CPU and in the type they were saved in, by state-dict name."""
+    checkpoint: Path | None = None
+    """The checkpoint of a run that they are; None for an exported folder."""
 
 
-def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
+def open_source(path: str | Path, named_by: str = "init.from: ", seq: int | None = None) -> Source:
     """Open a run folder, one of its checkpoints, or an exported (Hugging Face) folder; `named_by` begins the error.
+
+    `seq` is the tokens of the longest row that the model will see, None: as many as it was trained on.
 
     Raises:
         UserError: it is none of these.
@@ -41,11 +46,12 @@ def open_source(path: str | Path, named_by: str = "init.from: ") -> Source:
     path = Path(path)
     if (path / "checkpoints").is_dir() or (path / checkpoint.MANIFEST).is_file():
         found = checkpoint.find(path)
-        return Source(checkpoint.load_model_config(found), tokenizer_of(found), lambda: checkpoint.load_weights(found))
+        config, tokenizer = checkpoint.load_model_config(found), tokenizer_of(found)
+        return Source(config, tokenizer, lambda: checkpoint.load_weights(found), found)
     if (path / "config.json").is_file():
         from dash_train.huggingface.conversion import read_folder
 
-        config, load = read_folder(path)
+        config, load = read_folder(path, seq)
         return Source(config, path, load)
     raise UserError(f"{named_by}{path}: expected a run folder, a checkpoint or an exported folder, found none of them")
 
@@ -68,19 +74,25 @@ def tokenizer_of(found: Path) -> Path:
 
 def resolve_model(recipe: Recipe, source: Source | None, vocab_size: int) -> Recipe:
     """The recipe with its model section settled: the source's, but for what the recipe sets itself; the vocabulary is
-    the tokenizer's. Layers that change their attention type get a new routing scale.
+    the tokenizer's, and grows where that has got a chat template. Layers that change their attention type get a new
+    routing scale.
 
     Raises:
         UserError: the section contradicts itself, the rest of the recipe or the tokenizer.
     """
     own = recipe.model.model_dump(exclude_unset=source is not None)
     values = source.config.model_dump() if source else {}
-    types_before = values.get("attention", {}).get("type")
+    types_before = _types_of(values) if source else []
+    if "type" in (own.get("rope_scaling") or {}):
+        values["rope_scaling"] = None  # another kind has no use for what belongs to the source's
     merge(values, own)
-    if source and values["attention"]["type"] != types_before and "routing_scale" not in own.get("attention", {}):
+    if source and _types_of(values) != types_before and "routing_scale" not in own.get("attention", {}):
         values["attention"]["routing_scale"] = "auto"
     if values["vocab_size"] is None:
-        values["vocab_size"] = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        values["vocab_size"] = _whole_multiple(vocab_size)
+    has_chats = any(text.supervised for text in recipe.data.sources)
+    if values["vocab_size"] < vocab_size and source is not None and "vocab_size" not in own and has_chats:
+        values["vocab_size"] = _whole_multiple(vocab_size)  # a chat template has brought tokens
     if values["vocab_size"] < vocab_size:
         sizes = f"({values['vocab_size']}) is smaller than the tokenizer's ({vocab_size})"
         if source is None or "vocab_size" in own:
@@ -127,7 +139,7 @@ def build_model(
             context=context,
         )
     if load is not None:
-        _copy_weights(model, load(), str(recipe.init.from_))
+        copy_weights(model, load(), str(recipe.init.from_))
     return model
 
 
@@ -141,19 +153,51 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _copy_weights(model: LanguageModel, weights: dict[str, Tensor], origin: str) -> None:
+def copy_weights(model: LanguageModel, weights: dict[str, Tensor], origin: str) -> None:
+    """Put weights into a model of the recipe's shape, also one that ZeRO-3 has partitioned; `origin` names them.
+
+    Raises:
+        UserError: a weight has no place, a place no weight, or the shapes differ.
+    """
     import deepspeed
 
-    for name, parameter in model.named_parameters():
+    places = dict(model.named_parameters())
+    for name in weights:
+        # Tied weights have one place; where a recipe asks for full attention, there is nothing to summarize for.
+        if name not in places and name != "lm_head.weight" and not name.endswith("chunk_query"):
+            raise UserError(
+                f"init.from: {origin} holds {name}, for which the recipe's model has no place; leave the model section "
+                "out to take over its shape"
+            )
+    for name, parameter in places.items():
         # Full-attention weights that become Dash have no chunk query: it stays zero, a summary the mean key.
         if name not in weights and name.endswith("chunk_query"):
             continue
         if name not in weights:
             raise UserError(f"init.from: {origin} holds no {name}; is it a Llama-style model of this shape?")
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.shape != weights[name].shape:
+            weight = _grown(weights[name], len(parameter)) if name in GROWS else weights[name]
+            if parameter.shape != weight.shape:
                 raise UserError(
                     f"init.from: {name} has shape {list(weights[name].shape)} in {origin}, the recipe's model needs "
                     f"{list(parameter.shape)}; leave the model section out to take over its shape"
                 )
-            parameter.copy_(weights[name])
+            parameter.copy_(weight)
+
+
+def _grown(weight: Tensor, rows: int) -> Tensor:
+    """A weight with at least so many rows; new ones are the mean of the old, the likeliest guess for a new token."""
+    more = max(0, rows - len(weight))
+    return (
+        torch.cat([weight, weight.float().mean(0, keepdim=True).to(weight.dtype).expand(more, -1)]) if more else weight
+    )
+
+
+def _types_of(model: dict[str, Any]) -> list[str]:
+    """The attention type of every layer, of the values of a ModelConfig."""
+    types = model["attention"]["type"]
+    return list(types) if isinstance(types, list) else [types] * model["layers"]
+
+
+def _whole_multiple(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

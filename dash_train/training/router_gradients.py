@@ -1,8 +1,6 @@
 """How much the loss pulls at the router: norms of the gradients that only the router brings about, per layer."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from dash_train.model.transformer import LanguageModel
 
 
 class RouterGradients:
-    """Watches the Dash layers of a model during one step: `with gradients.watching(): ...`, then `norms()`."""
+    """Of one step: its forwards get `watch=gradients.watch`, then come the `norms()`."""
 
     def __init__(self, model: LanguageModel, world: World) -> None:
         self.world = world
@@ -24,17 +22,6 @@ class RouterGradients:
         self.q_squares = torch.zeros(len(self.layers), dtype=torch.float64, device=world.device)
         shape = (len(self.layers), model.config.kv_heads, model.config.head_dim)
         self.chunk_query = torch.zeros(shape, dtype=torch.float64, device=world.device)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Add up over every backward pass in here."""
-        for index, layer in enumerate(self.layers):
-            layer.watch = partial(self._watch, index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.watch = None
 
     def norms(self) -> dict[str, list[float | None]]:
         """Norms of the whole step's gradient, over all ranks: of q through the router, and of chunk_query."""
@@ -47,20 +34,21 @@ class RouterGradients:
             "grad_norm_chunk_query": [norm if on else None for norm, on in zip(chunk_query_norms, routes, strict=True)],
         }
 
-    def _watch(
+    def watch(
         self,
-        index: int,
+        layer: int,
         tensors: tuple[Tensor, ...],
         make_router_q: Callable[[Tensor], Tensor],
         options: dict[str, Any],
     ) -> None:
+        """Adds up over the backward pass of one layer's forward: what `LanguageModel.forward` calls."""
         *inputs, out = tensors
         inputs = [tensor.detach() for tensor in inputs]
 
         def add(dout: Tensor) -> None:
             dq, dchunk_query = router_gradient(dout, *inputs, make_router_q=make_router_q, **options)
-            self.q_squares[index] += dq.double().square().sum()
-            self.context.own_heads(self.chunk_query[index]).add_(dchunk_query)
+            self.q_squares[layer] += dq.double().square().sum()
+            self.context.own_heads(self.chunk_query[layer]).add_(dchunk_query)
 
         if out.requires_grad:
             out.register_hook(add)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dash_train.data.loader import IGNORE
 from dash_train.distributed.world import World, sum_over_ranks
 from dash_train.model.context import Context
+from dash_train.model.rows import Watch
 from dash_train.training.totals import Totals
 
 Batch = dict[str, Tensor]
@@ -21,6 +22,7 @@ def optimizer_step(
     context: Context,
     totals: Totals,
     enter: Callable[[str], None],
+    watch: Watch | None = None,
 ) -> Tensor:
     """One optimizer step, with the gradient of the mean loss over all counted tokens of the global batch.
 
@@ -30,6 +32,7 @@ def optimizer_step(
         context: the ranks that share the rows; each counts its own part of the labels.
         totals: gets the outputs of every micro-batch, not yet reduced over the ranks.
         enter: is told of every phase that begins: forward, backward, optimizer.
+        watch: handed to the model's forwards.
 
     Returns:
         The counted tokens of all ranks, at least 1, on the device.
@@ -38,7 +41,7 @@ def optimizer_step(
     step_tokens = sum_over_ranks(torch.tensor(float(sum(counts)), device=world.device)).clamp(min=1)
     for micro, tokens in zip(micro_batches, counts, strict=True):
         enter("forward")
-        outputs = engine(**to_device(micro, world.device))
+        outputs = engine(**to_device(micro, world.device), watch=watch)
         # DeepSpeed averages gradients over the ranks; the loss is a sum over tokens.
         enter("backward")
         engine.backward(outputs["loss"] * (world.size / step_tokens), scale_wrt_gas=False)

@@ -3,20 +3,13 @@
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.checks import (
-    BACKENDS,
-    check_block,
-    check_choice,
-    check_dimensions,
-    check_group,
-    check_numbers,
-    check_same_kind,
-    check_shape,
-)
+from dash_train.kernels.common.backend import stride_obstacle, use_triton
+from dash_train.kernels.common.checks import check_caches, check_per_chunk, check_same_kind, check_shape
+from dash_train.kernels.common.numbers import compute_dtype
+from dash_train.kernels.dash.checks import check_block, check_numbers, triton_obstacle
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.decode import check_cache, route_newest, update_summaries, use_triton
+from dash_train.kernels.dash.decode import route_newest, update_summaries
 from dash_train.kernels.dash.routing_state import RoutingState, check_state
-from dash_train.kernels.entmax import compute_dtype
 
 
 @torch.no_grad()
@@ -50,28 +43,21 @@ def append_token(
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
-    check_dimensions("q", q, "batch", "heads", "head_dim")
-    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
+    check_caches(q, k_cache, v_cache, lengths)
     batch, capacity, kv_heads, head_dim = k_cache.shape
-    check_shape("q", q, batch=batch, heads=q.shape[1], head_dim=head_dim)
-    check_group(q.shape[1], kv_heads)
     for name, new in (("k", k), ("v", v)):
         check_shape(name, new, batch=batch, kv_heads=kv_heads, head_dim=head_dim)
-    check_shape("v_cache", v_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_same_kind(name, tensor, q)
-    check_shape("lengths", lengths, batch=batch)
+        check_same_kind(name, new, q)
     if summaries is not None:
-        check_cache(k_cache, summaries, lengths, chunk_size)
+        check_per_chunk("summaries", summaries, k_cache, chunk_size)
         if chunk_query is None:
             raise ValueError("chunk_query is None, expected the query of the summaries")
         check_shape("chunk_query", chunk_query, kv_heads=kv_heads, head_dim=head_dim)
     check_block(routing_block, chunk_size)
     check_state(state, q, kv_heads, -(-capacity // chunk_size), routing_block)
-    check_choice("backend", backend, BACKENDS)
-    tensors = tuple(t for t in (q, k, v, k_cache, v_cache, summaries) if t is not None)
-    if use_triton("append_token", backend, q, tensors, chunk_size):
-        from dash_train.kernels.dash.triton.decode_append import append_newest  # triton, which only this backend needs
+    obstacle = triton_obstacle(q, chunk_size) or stride_obstacle((q, k, v, k_cache, v_cache, summaries))
+    if use_triton("append_token", backend, q, obstacle):
+        from dash_train.kernels.dash.triton.decode_append import append_newest
 
         kept = None if state is None else (state.recent_q, state.router_q)
         cache = (k_cache, v_cache, summaries)
@@ -140,9 +126,9 @@ def append_prompts(
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_block(routing_block, chunk_size)
     check_state(state, q[:, 0], summaries.shape[2], summaries.shape[1], routing_block)
-    check_choice("backend", backend, BACKENDS)
+    obstacle = triton_obstacle(q, chunk_size) or stride_obstacle((q, summaries))
+    on_triton = use_triton("append_prompts", backend, q, obstacle)
     state.keep_queries(q, router_q, start, lengths, routing_block)
     # All sequences route, whatever the token of their block: those that go on get a list that will be written again.
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature)
-    on_triton = use_triton("append_prompts", backend, q, (q, summaries), chunk_size)
     route_newest(q[:, 0], summaries, lengths, config, state, on_triton)

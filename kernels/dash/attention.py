@@ -1,22 +1,67 @@
 """The public function: checks its arguments and hands them to a backend."""
 
-import os
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from dash_train.kernels.common.backend import use_triton
 from dash_train.kernels.dash.checks import (
-    BACKENDS,
     check_block,
-    check_choice,
+    check_documents,
     check_heads,
     check_numbers,
+    check_pieces,
     check_positions,
     check_router,
+    check_support,
+    triton_obstacle,
 )
 from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.reference.attention import dash_attention_reference
+from dash_train.kernels.dash.stats import DashStats
+
+
+@overload
+def dash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    *,
+    chunk_size: int = ...,
+    routing_scale: float = ...,
+    prior_normalizer: str = ...,
+    prior_temperature: float = ...,
+    routing_block: int = ...,
+    router_q: Tensor | None = ...,
+    document_starts: Tensor | None = ...,
+    query_starts: tuple[int, ...] = ...,
+    support: Tensor | None = ...,
+    backend: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def dash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_query: Tensor,
+    *,
+    chunk_size: int = ...,
+    routing_scale: float = ...,
+    prior_normalizer: str = ...,
+    prior_temperature: float = ...,
+    routing_block: int = ...,
+    router_q: Tensor | None = ...,
+    document_starts: Tensor | None = ...,
+    query_starts: tuple[int, ...] = ...,
+    support: Tensor | None = ...,
+    backend: str = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, DashStats]: ...
 
 
 def dash_attention(
@@ -36,7 +81,7 @@ def dash_attention(
     support: Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
-) -> Any:  # Tensor, or (Tensor, DashStats) with return_stats
+) -> Tensor | tuple[Tensor, DashStats]:
     """Causal DashAttention (arXiv 2605.18753; the mathematics is in docs/kernels.md), differentiable.
 
     Args:
@@ -70,19 +115,18 @@ def dash_attention(
     check_heads(q, k, v, chunk_query)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_block(routing_block, chunk_size)
-    check_positions(q, k, chunk_size, document_starts, query_starts, support)
-    check_router(q, router_q, routing_block, query_starts)
-    check_choice("backend", backend, BACKENDS)
+    check_pieces(q, query_starts, "routing_block", routing_block)
+    check_positions(q, k, chunk_size, query_starts)
+    check_documents(document_starts, q.shape[0], k.shape[1])
+    check_support(support, q, k, chunk_size)
+    check_router(q, router_q, routing_block)
+    obstacle = triton_obstacle(q, chunk_size) or (None if support is None else "finds its own support")
+    on_triton = use_triton("dash_attention", backend, q, obstacle)
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
     if document_starts is None:
         document_starts = torch.zeros(1, k.shape[1], dtype=torch.int32, device=q.device)
-    obstacle = triton_obstacle(q, chunk_size, support)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend='triton' of dash_attention {obstacle}: use backend='reference'")
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.dash.triton.operator import (
-            dash_attention_triton,  # triton, which only this backend needs
-        )
+    if on_triton:
+        from dash_train.kernels.dash.triton.operator import dash_attention_triton
 
         out, stats = dash_attention_triton(
             q,
@@ -107,21 +151,7 @@ def dash_attention(
             support=support,
             router_q=router_q,
         )
-    return (out, stats) if return_stats else out
-
-
-def triton_obstacle(q: Tensor, chunk_size: int = 64, support: Tensor | None = None) -> str | None:
-    """Why the Triton kernels cannot run this call; None if they can."""
-    head_dim = q.shape[-1]
-    types = {torch.bfloat16, torch.float16, torch.float32} if q.is_cuda else {torch.float16, torch.float32}
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs CUDA tensors, or TRITON_INTERPRET=1 set before the start"
-    if q.dtype not in types:
-        return f"does not compute in {q.dtype} on {q.device.type}"
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}"
-    if chunk_size not in (16, 32, 64, 128):
-        return f"needs a chunk_size of 16, 32, 64 or 128, not {chunk_size}"
-    if support is not None:
-        return "finds its own support"
-    return None
+    if not return_stats:
+        return out
+    assert stats is not None
+    return out, stats

@@ -1,43 +1,30 @@
-"""Checks of the public functions' arguments. Each error names the argument, what it is and what was expected."""
+"""Checks of the arguments of DashAttention, and where Triton can compute it."""
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "triton")
+from dash_train.kernels.common.backend import device_obstacle
+from dash_train.kernels.common.checks import (
+    check_choice,
+    check_dimensions,
+    check_group,
+    check_same_kind,
+    check_shape,
+)
+
 PRIOR_NORMALIZERS = ("geometric_mean", "none", "peak")
 
 
-def check_shape(name: str, tensor: Tensor, **expected: int) -> None:
-    """The tensor's shape is the expected sizes, in order; the keywords name the dimensions in the message."""
-    if tuple(tensor.shape) != tuple(expected.values()):
-        wanted = ", ".join(f"{dimension}={size}" for dimension, size in expected.items())
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
-
-
-def check_dimensions(name: str, tensor: Tensor, *dimensions: str) -> None:
-    """The tensor is floating point and has these dimensions, none of them empty."""
-    if tensor.dim() != len(dimensions) or 0 in tensor.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{', '.join(dimensions)}], none of them 0")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has type {tensor.dtype}, expected a floating type")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """The value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-
-
-def check_same_kind(name: str, tensor: Tensor, q: Tensor) -> None:
-    """The tensor has q's type and stands on q's device."""
-    if tensor.dtype != q.dtype or tensor.device != q.device:
-        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected q's {q.dtype} on {q.device}")
-
-
-def check_group(heads: int, kv_heads: int) -> None:
-    """Every KV head serves the same number of query heads."""
-    if heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, expected a multiple of k's {kv_heads} kv_heads")
+def triton_obstacle(q: Tensor, chunk_size: int = 64) -> str | None:
+    """Why the Triton kernels cannot compute with queries like q; None if they can."""
+    head_dim = q.shape[-1]
+    if obstacle := device_obstacle(q):
+        return obstacle
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        return f"needs a head_dim that is a multiple of 16 up to 256, not {head_dim}"
+    if chunk_size not in (16, 32, 64, 128):
+        return f"needs a chunk_size of 16, 32, 64 or 128, not {chunk_size}"
+    return None
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, chunk_query: Tensor) -> None:
@@ -74,14 +61,18 @@ def check_block(routing_block: int, chunk_size: int) -> None:
         )
 
 
-def check_router(q: Tensor, router_q: Tensor | None, routing_block: int, query_starts: tuple[int, ...]) -> None:
+def check_pieces(q: Tensor, query_starts: tuple[int, ...], name: str, block: int) -> None:
+    """q is so many equal pieces, of whole routing blocks if they are several; `name` is the argument `block`."""
+    if not query_starts or q.shape[1] % len(query_starts):
+        raise ValueError(f"query_starts has {len(query_starts)} pieces, expected a divisor of q_len={q.shape[1]}")
+    piece = q.shape[1] // len(query_starts)
+    if len(query_starts) > 1 and piece % block:
+        raise ValueError(f"query_starts cuts q into pieces of {piece} tokens, expected a multiple of {name}={block}")
+
+
+def check_router(q: Tensor, router_q: Tensor | None, routing_block: int) -> None:
     """The routers' queries are one a routing block of q."""
     batch, q_len, heads, head_dim = q.shape
-    piece = q_len // len(query_starts)
-    if len(query_starts) > 1 and piece % routing_block:
-        raise ValueError(
-            f"query_starts cuts q into pieces of {piece} tokens, expected a multiple of routing_block={routing_block}"
-        )
     if router_q is not None:
         blocks = -(-q_len // routing_block)
         check_shape("router_q", router_q, batch=batch, blocks=blocks, heads=heads, head_dim=head_dim)
@@ -90,12 +81,6 @@ def check_router(q: Tensor, router_q: Tensor | None, routing_block: int, query_s
         raise ValueError(
             f"router_q is None, expected one query a routing block of {routing_block} tokens: see router_queries"
         )
-
-
-def check_pieces(q: Tensor, query_starts: tuple[int, ...]) -> None:
-    """q is so many equal pieces."""
-    if not query_starts or q.shape[1] % len(query_starts):
-        raise ValueError(f"query_starts has {len(query_starts)} pieces, expected a divisor of q_len={q.shape[1]}")
 
 
 def check_documents(document_starts: Tensor | None, batch: int, seq: int) -> None:
@@ -107,27 +92,22 @@ def check_documents(document_starts: Tensor | None, batch: int, seq: int) -> Non
         raise ValueError(f"document_starts has type {document_starts.dtype}, expected an integer type")
 
 
-def check_positions(
-    q: Tensor,
-    k: Tensor,
-    chunk_size: int,
-    document_starts: Tensor | None,
-    query_starts: tuple[int, ...],
-    support: Tensor | None,
-) -> None:
-    """Where queries and documents stand in the row. The values of document_starts are not read: no host sync."""
-    batch, q_len, heads, _ = q.shape
-    seq = k.shape[1]
-    check_pieces(q, query_starts)
-    piece = q_len // len(query_starts)
+def check_positions(q: Tensor, k: Tensor, chunk_size: int, query_starts: tuple[int, ...]) -> None:
+    """The pieces of q begin with chunks of the row."""
+    seq, piece = k.shape[1], q.shape[1] // len(query_starts)
     for start in query_starts:
         if start < 0 or start % chunk_size or start + piece > seq:
             raise ValueError(
                 f"query_starts has {start}: expected a multiple of chunk_size={chunk_size} from 0 to seq - piece = "
                 f"{seq} - {piece}, so that the piece's keys are in k"
             )
-    check_documents(document_starts, batch, seq)
-    if support is not None:
-        check_shape("support", support, batch=batch, heads=heads, q_len=q_len, chunks=-(-seq // chunk_size))
-        if support.dtype != torch.bool:
-            raise ValueError(f"support has type {support.dtype}, expected torch.bool")
+
+
+def check_support(support: Tensor | None, q: Tensor, k: Tensor, chunk_size: int) -> None:
+    """A mark for every query, head and chunk of the row."""
+    if support is None:
+        return
+    batch, q_len, heads, _ = q.shape
+    check_shape("support", support, batch=batch, heads=heads, q_len=q_len, chunks=-(-k.shape[1] // chunk_size))
+    if support.dtype != torch.bool:
+        raise ValueError(f"support has type {support.dtype}, expected torch.bool")

@@ -11,3 +11,7 @@ class DashConfig(NamedTuple):
     prior_normalizer: str
     prior_temperature: float
     routing_block: int = 1
+
+    def score_scale(self, head_dim: int) -> float:
+        """The factor on q.ktilde in a routing score s; half of it in z = s / 2."""
+        return self.routing_scale * head_dim**-0.5

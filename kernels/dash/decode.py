@@ -1,21 +1,13 @@
 """One-token decoding over a KV cache: the cache of chunk summaries, and attention of the newest token."""
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.attention import triton_obstacle
-from dash_train.kernels.dash.checks import (
-    BACKENDS,
-    check_block,
-    check_choice,
-    check_dimensions,
-    check_group,
-    check_numbers,
-    check_same_kind,
-    check_shape,
-)
+from dash_train.kernels.common.backend import stride_obstacle, use_triton
+from dash_train.kernels.common.checks import check_caches, check_dimensions, check_per_chunk, check_shape
+from dash_train.kernels.dash.checks import check_block, check_numbers, triton_obstacle
 from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.reference import decode as decode_reference
@@ -62,13 +54,12 @@ def update_summaries(
     Raises: ValueError naming the argument, its shape and what was expected.
     """
     check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
-    check_cache(k_cache, summaries, lengths, chunk_size)
+    check_per_chunk("summaries", summaries, k_cache, chunk_size)
+    check_shape("lengths", lengths, batch=k_cache.shape[0])
     check_shape("chunk_query", chunk_query, kv_heads=k_cache.shape[2], head_dim=k_cache.shape[3])
-    check_choice("backend", backend, BACKENDS)
-    if use_triton("update_summaries", backend, k_cache, (k_cache, summaries), chunk_size):
-        from dash_train.kernels.dash.triton.summaries import (
-            update_chunk_summaries,  # triton, which only this backend needs
-        )
+    obstacle = triton_obstacle(k_cache, chunk_size) or stride_obstacle((k_cache, summaries))
+    if use_triton("update_summaries", backend, k_cache, obstacle):
+        from dash_train.kernels.dash.triton.summaries import update_chunk_summaries
 
         return update_chunk_summaries(k_cache, summaries, lengths.contiguous(), chunk_query, chunk_size)
     sequence = torch.arange(k_cache.shape[0], device=k_cache.device)
@@ -79,6 +70,44 @@ def update_summaries(
     new = summarize(whole_chunks(keys, chunk_size), chunk_query, chunk_size)[:, :, 0]
     completed = ((lengths > 0) & (lengths % chunk_size == 0))[:, None, None]
     summaries[sequence, chunk] = torch.where(completed, new.to(summaries.dtype), summaries[sequence, chunk])
+
+
+@overload
+def dash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    *,
+    chunk_size: int = ...,
+    routing_scale: float = ...,
+    prior_normalizer: str = ...,
+    prior_temperature: float = ...,
+    routing_block: int = ...,
+    state: RoutingState | None = ...,
+    backend: str = ...,
+    return_active: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def dash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    summaries: Tensor,
+    lengths: Tensor,
+    *,
+    chunk_size: int = ...,
+    routing_scale: float = ...,
+    prior_normalizer: str = ...,
+    prior_temperature: float = ...,
+    routing_block: int = ...,
+    state: RoutingState | None = ...,
+    backend: str = ...,
+    return_active: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -97,7 +126,7 @@ def dash_decode(
     state: RoutingState | None = None,
     backend: str = "auto",
     return_active: bool = False,
-) -> Any:  # Tensor, or (Tensor, Tensor) with return_active
+) -> Tensor | tuple[Tensor, Tensor]:
     """DashAttention of the newest token of each sequence: the last row of dash_attention over the first `lengths` keys.
 
     Args:
@@ -120,25 +149,17 @@ def dash_decode(
 
     Raises: ValueError naming the argument, its shape and what was expected.
     """
-    check_dimensions("q", q, "batch", "heads", "head_dim")
-    check_dimensions("k_cache", k_cache, "batch", "capacity", "kv_heads", "head_dim")
-    batch, heads, head_dim = q.shape
-    capacity, kv_heads = k_cache.shape[1:3]
-    check_shape("k_cache", k_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-    check_shape("v_cache", v_cache, batch=batch, capacity=capacity, kv_heads=kv_heads, head_dim=head_dim)
-    check_cache(k_cache, summaries, lengths, chunk_size)
-    check_group(heads, kv_heads)
-    check_same_kind("k_cache", k_cache, q)
-    check_same_kind("v_cache", v_cache, q)
+    check_caches(q, k_cache, v_cache, lengths)
+    check_per_chunk("summaries", summaries, k_cache, chunk_size)
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_block(routing_block, chunk_size)
-    check_state(state, q, kv_heads, summaries.shape[1], routing_block)
-    check_choice("backend", backend, BACKENDS)
+    check_state(state, q, k_cache.shape[2], summaries.shape[1], routing_block)
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
-    on_triton = use_triton("dash_decode", backend, q, (q, k_cache, v_cache, summaries), chunk_size)
+    obstacle = triton_obstacle(q, chunk_size) or stride_obstacle((q, k_cache, v_cache, summaries))
+    on_triton = use_triton("dash_decode", backend, q, obstacle)
     lists = route_newest(q, summaries, lengths, config, state, on_triton)
     if on_triton:
-        from dash_train.kernels.dash.triton.decode_attend import attend_lists  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton.decode_attend import attend_lists
 
         out = attend_lists(q, k_cache, v_cache, lists, config)
     else:
@@ -152,7 +173,7 @@ def route_newest(
     """What the newest tokens attend to, for arguments already checked."""
     router_q, kept = (q, None) if state is None else (state.router_q, state.lists)
     if on_triton:
-        from dash_train.kernels.dash.triton import decode_routing  # triton, which only this backend needs
+        from dash_train.kernels.dash.triton import decode_routing
 
         return decode_routing.route_newest(router_q, summaries, lengths.contiguous(), config, kept)
     return decode_reference.route_newest(router_q, summaries, lengths, config, kept)
@@ -161,21 +182,3 @@ def route_newest(
 def _active_chunks(lists: ChunkLists, config: DashConfig) -> Tensor:
     """All chunks of a list are full but the own one, which holds the newest token at least."""
     return (-(-lists.keys // config.chunk_size) - 1).clamp(min=0)
-
-
-def check_cache(k_cache: Tensor, summaries: Tensor, lengths: Tensor, chunk_size: int) -> None:
-    """Summaries and lengths fit the keys."""
-    batch, capacity, kv_heads, head_dim = k_cache.shape
-    chunks = -(-capacity // chunk_size)
-    check_shape("summaries", summaries, batch=batch, chunks=chunks, kv_heads=kv_heads, head_dim=head_dim)
-    check_shape("lengths", lengths, batch=batch)
-
-
-def use_triton(function: str, backend: str, q: Tensor, tensors: tuple[Tensor, ...], chunk_size: int) -> bool:
-    """Whether Triton computes it: q has the call's type, and the last dimension of `tensors` must be contiguous."""
-    obstacle = triton_obstacle(q, chunk_size)
-    if not obstacle and any(tensor.stride(-1) != 1 for tensor in tensors):
-        obstacle = "needs tensors whose last dimension is contiguous"
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend='triton' of {function} {obstacle}: use backend='reference'")
-    return backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle)

@@ -3,17 +3,11 @@
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.checks import (
-    BACKENDS,
-    check_block,
-    check_choice,
-    check_dimensions,
-    check_group,
-    check_numbers,
-    check_shape,
-)
+from dash_train.kernels.common.backend import stride_obstacle, use_triton
+from dash_train.kernels.common.checks import check_dimensions, check_group, check_shape
+from dash_train.kernels.dash.checks import check_block, check_numbers, triton_obstacle
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.decode import route_newest, use_triton
+from dash_train.kernels.dash.decode import route_newest
 from dash_train.kernels.dash.reference.decode import dense_prior
 from dash_train.kernels.dash.routing_state import RoutingState, check_state
 
@@ -55,7 +49,7 @@ def decode_prior(
     check_numbers(chunk_size, routing_scale, prior_normalizer, prior_temperature)
     check_block(routing_block, chunk_size)
     check_state(state, q, kv_heads, chunks, routing_block)
-    check_choice("backend", backend, BACKENDS)
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
-    on_triton = use_triton("decode_prior", backend, q, (q, summaries), chunk_size)
+    obstacle = triton_obstacle(q, chunk_size) or stride_obstacle((q, summaries))
+    on_triton = use_triton("decode_prior", backend, q, obstacle)
     return dense_prior(route_newest(q, summaries, lengths, config, state, on_triton), config)

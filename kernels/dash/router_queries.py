@@ -6,17 +6,10 @@ Nothing after a block's first token enters, so routing is causal though all of a
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.attention import triton_obstacle
-from dash_train.kernels.dash.checks import (
-    BACKENDS,
-    check_choice,
-    check_dimensions,
-    check_documents,
-    check_pieces,
-    check_same_kind,
-    check_shape,
-)
-from dash_train.kernels.entmax import compute_dtype
+from dash_train.kernels.common.backend import use_triton
+from dash_train.kernels.common.checks import check_dimensions, check_same_kind, check_shape
+from dash_train.kernels.common.numbers import compute_dtype
+from dash_train.kernels.dash.checks import check_documents, check_pieces, triton_obstacle
 
 
 def router_queries(
@@ -47,17 +40,14 @@ def router_queries(
     Raises: ValueError naming the argument, what it is and what was expected.
     """
     check_dimensions("q", q, "batch", "q_len", "heads", "head_dim")
-    check_pieces(q, query_starts)
-    batch, q_len, heads, head_dim = q.shape
-    pieces = len(query_starts)
-    piece = q_len // pieces
     if block < 1 or window < 1:
         raise ValueError(f"block is {block} and window is {window}, expected at least 1 each")
-    if pieces > 1 and piece % block:
-        raise ValueError(f"query_starts cuts q into pieces of {piece} tokens, expected a multiple of block={block}")
-    check_choice("backend", backend, BACKENDS)
+    check_pieces(q, query_starts, "block", block)
+    batch, q_len, heads, head_dim = q.shape
+    pieces = len(query_starts)
+    on_triton = use_triton("router_queries", backend, q, triton_obstacle(q))
     if document_starts is None:
-        document_starts = torch.zeros(1, max(query_starts) + piece, dtype=torch.int32, device=q.device)
+        document_starts = torch.zeros(1, max(query_starts) + q_len // pieces, dtype=torch.int32, device=q.device)
     else:
         check_documents(document_starts, batch, document_starts.shape[-1])
     if block == 1 and window == 1:
@@ -67,11 +57,8 @@ def router_queries(
         check_same_kind("before", before, q)
     elif window > 1 and any(query_starts):
         before = _from_other_pieces(q, query_starts, window)
-    obstacle = triton_obstacle(q)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend='triton' of router_queries {obstacle}: use backend='reference'")
-    if backend == "triton" or (backend == "auto" and q.is_cuda and not obstacle):
-        from dash_train.kernels.dash.triton.router_means import router_means  # triton, which only this backend needs
+    if on_triton:
+        from dash_train.kernels.dash.triton.router_means import router_means
 
         return router_means(q, before, document_starts, query_starts, block, window)
     return _means(q, before, document_starts, query_starts, block, window)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dash_train.kernels.dash.attention import triton_obstacle
+from dash_train.kernels.dash.checks import triton_obstacle
 from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.reference.stages import eligible_chunks, group_heads, route, summarize, whole_chunks
 from dash_train.kernels.dash.stats import by_token, count_eligible
@@ -68,7 +68,7 @@ def _active_chunks(
 ) -> Tensor:
     """|R(t)| of each routing block, [batch, kv_heads, blocks]."""
     if router_q.is_cuda and not triton_obstacle(router_q, config.chunk_size):
-        from dash_train.kernels.dash.triton.routing_counts import routing_counts  # triton, which only CUDA needs
+        from dash_train.kernels.dash.triton.routing_counts import routing_counts
 
         tokens = _tokens(router_q, k.shape[1], query_starts, config.routing_block)
         q = by_token(router_q, config.routing_block, tokens, dim=1)  # only its shape counts

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from dash_train.kernels.common.numbers import compute_dtype
 from dash_train.kernels.dash.checks import check_same_kind, check_shape
 from dash_train.kernels.dash.chunk_lists import ChunkLists
-from dash_train.kernels.entmax import compute_dtype
 
 
 class RoutingState(NamedTuple):

@@ -7,7 +7,7 @@ Selections are per query head, but for the sample; tokens_read counts the union 
 import torch
 from torch import Tensor
 
-from dash_train.kernels.entmax import compute_dtype
+from dash_train.kernels.common.numbers import compute_dtype
 from dash_train.kernels.vattention.decode import chunk_means
 from dash_train.kernels.vattention.reference.attention import VAttentionReport, draw_order
 from dash_train.kernels.vattention.reference.permutation import sample_key

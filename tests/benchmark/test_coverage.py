@@ -36,8 +36,21 @@ def test_synthetic_cells(capsys):
     assert len(table) == len(cells) + 2 and len({line.count("|") for line in table[1:]}) == 1
 
 
-def test_needles_hold_a_fifth_of_the_softmax():
-    problem = make_problem("needle", 2, 1024, 4, 32, 16, 0.1, torch.Generator().manual_seed(0))
+def test_sketch_cells():
+    """The sketch finds a needle that neither summaries nor page bounds show; there are always bounds."""
+    options = ("--context", "2048", "--pairs", "64", "--populations", "hidden-needle", "--head-dim", "32")
+    cells = coverage.run(arguments(*options, "--sampler", "sketch", "--base-sample", "64"))["cells"]
+    assert len(cells) == 2 * 3 and all(cell["bounds"] and 0.04 < cell["sketch"] < 0.0625 for cell in cells)
+    assert all(cell["verdict"] == "covered" for cell in cells if cell["epsilon"] == 0.1)
+    uniform = coverage.run(arguments(*options, "--base-sample", "64"))["cells"]
+    assert not any(cell["sketch"] for cell in uniform)
+    found = [cell for cell in uniform if cell["epsilon"] == 0.1 and not cell["bounds"]]
+    assert len(found) == 2 and all(cell["verdict"] == "NOT covered" for cell in found)
+
+
+@pytest.mark.parametrize("name", ["needle", "hidden-needle"])
+def test_needles_hold_a_fifth_of_the_softmax(name):
+    problem = make_problem(name, 2, 1024, 4, 32, 16, 0.1, torch.Generator().manual_seed(0))
     logits = torch.einsum("bhd,btd->bht", problem.q, problem.k[:, :, 0]) * 32**-0.5
     assert (logits.softmax(-1).amax(-1) - 0.2).abs().max() < 0.08
 

@@ -4,20 +4,24 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
+from subprocess import run as run_command
 
 import pytest
 from failing_folders import collect_folder_refusals
-from failing_ranks import collect_refusals
+from failing_ranks import collect_refusals, hang_at_the_start
 from ranks import run_on_ranks
-from tiny_runs import run, start, write_recipe
+from tiny_runs import ENVIRONMENT, ROOT, run, start, write_recipe
+from torch.multiprocessing import ProcessExitedException
 
 from dash_train.distributed.place import find_place, set_place
 from dash_train.distributed.watchdog import Post, describe
-from dash_train.errors import UserError
+from dash_train.errors import EXIT_RANK_LOST, UserError
 from dash_train.recipe.load import load_recipe
 from dash_train.tracking.metrics import read_metrics
 from dash_train.training.checkpoint import newest
@@ -56,8 +60,6 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_p
 
     saved = newest(tmp_path / "run" / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
-    with pytest.raises(UserError, match="written by 2 ranks, this run has 1; start as many ranks"):
-        Trainer(load_recipe(recipe, ["parallel.context=1"]))
     resumed = run("pretrain.py", recipe, f"train.steps={step + 2}", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming from {saved}" in resumed.stderr
@@ -85,6 +87,53 @@ def test_a_rank_that_hangs_is_named(tmp_path, corpus):
     assert "dash_train/training/trainer.py" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text(), (
         "the stack is kept"
     )
+
+
+def test_a_rank_that_stops_at_the_start_is_named(tmp_path, corpus):
+    """As soon as it has opened its log: long before the first step."""
+    process = start("pretrain.py", write_recipe(tmp_path / "recipe.yaml", corpus, **LONG), ranks=2)
+    log, deadline = tmp_path / "run" / "logs" / "rank-00001.log", time.monotonic() + 120
+    while not (log.exists() and (found := re.search(r"process (\d+) on", log.read_text()))):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    rank = int(found.group(1))
+    os.kill(rank, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 60
+        while "nothing has moved" not in (tmp_path / "run" / "logs" / "rank-00000.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.kill(rank, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    (line,) = [line for line in stderr.splitlines() if "error:" in line]
+    assert line.startswith(f"error: rank 1 (process {rank} on ") and "is gone or stopped, last seen in" in line
+
+
+def test_a_rank_that_hangs_at_the_start_is_named(tmp_path):
+    with pytest.raises(ProcessExitedException) as ended:
+        run_on_ranks(2, hang_at_the_start, tmp_path)
+    assert ended.value.exit_code == EXIT_RANK_LOST
+    text = (tmp_path / "0.log").read_text()
+    assert re.search(
+        r"rank 1 \(process \d+ on \S+\) is still in building the model; 1 other rank\(s\) in loading", text
+    )
+    assert "nothing has moved for 2 s; run the same command" in text
+
+
+def test_a_port_in_use_is_one_line(tmp_path, corpus):
+    """Rank 0 of a run of two, on the port of something else."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(other.getsockname()[1])
+        command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(write_recipe(tmp_path / "a.yaml", corpus))]
+        result = run_command(command, env={**ENVIRONMENT, **place}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert f"MASTER_PORT={place['MASTER_PORT']}: the 2 ranks did not meet there" in line and "port that is free" in line
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_launcher_that_dies_leaves_a_checkpoint_and_no_rank(tmp_path, corpus):

@@ -1,6 +1,6 @@
-"""Compiles for an H100, without one, the kernels of both passes or of decoding; prints what each of them takes.
+"""Compiles for an H100, without one, the kernels of a pass or of decoding; prints what each of them takes.
 
-python tests/helpers/compile_sm90.py passes|decode SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE [ROUTING_BLOCK]
+python tests/helpers/compile_sm90.py forward|backward|decode SEQ HEADS KV_HEADS HEAD_DIM CHUNK_SIZE [ROUTING_BLOCK]
 """
 
 import json
@@ -25,7 +25,7 @@ from dash_train.kernels.dash.triton.decode_append import append_newest
 from dash_train.kernels.dash.triton.decode_attend import attend_lists
 from dash_train.kernels.dash.triton.decode_routing import route_newest
 from dash_train.kernels.dash.triton.forward import dash_forward
-from dash_train.kernels.dash.triton.router_means import router_means, router_means_backward
+from dash_train.kernels.dash.triton.router_means import means_backward_operator, router_means
 from dash_train.kernels.dash.triton.summaries import update_chunk_summaries
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
@@ -49,52 +49,67 @@ def record_launches() -> dict[str, Launch]:
     return recorded
 
 
-def run_passes(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int, routing_block: int = 1) -> None:
-    """Forward and backward pass in bf16, with the means of as many queries as a routing block has."""
+def run_pass(
+    which: str, seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int, routing_block: int = 1
+) -> dict[str, Launch]:
+    """The launches of the forward or the backward pass in bf16, with means of as many queries as a block has."""
     q = torch.empty(1, seq, heads, head_dim, dtype=torch.bfloat16)
     k = torch.empty(1, seq, kv_heads, head_dim, dtype=torch.bfloat16)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0, routing_block)
     starts = torch.zeros(1, seq, dtype=torch.int32)
-    router_q = None
+    recorded, router_q = record_launches(), None
     if routing_block > 1:
         router_q = router_means(q, None, starts, (0,), routing_block, routing_block)
-        router_means_backward(router_q, False, starts, (0,), seq, routing_block, routing_block)
     inputs = (q, k, k, k[0, 0], router_q)
     forward = dash_forward(*inputs, config=config, document_starts=starts, query_starts=(0,))
+    if which == "forward":
+        return recorded
+    recorded = record_launches()
     dash_backward(q, *inputs, q, forward.lse, forward.kept, config=config, query_starts=(0,))
+    if router_q is not None:
+        means_backward_operator(router_q, False, starts, (0,), seq, routing_block, routing_block)
+    return recorded
 
 
-def run_decode(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> None:
-    """One token of 8 sequences in bf16, with routing blocks of 16 from the last 16 queries."""
+def run_decode(seq: int, heads: int, kv_heads: int, head_dim: int, chunk_size: int) -> dict[str, Launch]:
+    """The launches of one token of 8 sequences in bf16, with routing blocks of 16 from the last 16 queries."""
     q = torch.empty(8, heads, head_dim, dtype=torch.bfloat16)
     cache = torch.empty(8, seq, kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
     summaries = torch.empty(8, seq // chunk_size, kv_heads, head_dim)
     lengths = torch.zeros(8, dtype=torch.int32)
     config = DashConfig(chunk_size, 1.0, "geometric_mean", 1.0, routing_block=16)
     state = RoutingState.allocate(8, summaries.shape[1], heads, kv_heads, head_dim, 16, q.dtype, q.device)
+    recorded = record_launches()
     k, kept = q[:, :kv_heads], (state.recent_q, state.router_q)
     update_chunk_summaries(cache, summaries, lengths, k[0], chunk_size)
     append_newest(q, k, k, cache, cache, summaries, lengths, k[0], kept, chunk_size, config.routing_block)
     attend_lists(q, cache, cache, route_newest(state.router_q, summaries, lengths, config, state.lists), config)
+    return recorded
 
 
 def compile_launch(kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, int]:
     """As the launcher would compile it for compute capability 9.0."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in constants.items() if name not in OPTIONS}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constexprs[(i,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def type_of(value: Any, path: tuple[int, ...], is_constexpr: bool) -> Any:
+        """How a signature names the type of an argument, or of what stands at `path` in one."""
+        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(field, (*path, i), False) for i, field in enumerate(value)))
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+
+    signature = {p.name: type_of(values[p.name], (i,), p.is_constexpr) for i, p in enumerate(kernel.params)}
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {name: value for name, value in constants.items() if name in OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -123,6 +138,6 @@ def _output(*command: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    recorded = record_launches()
-    {"passes": run_passes, "decode": run_decode}[sys.argv[1]](*map(int, sys.argv[2:]))
-    print(json.dumps({name: compile_launch(*launch) for name, launch in recorded.items()}))
+    what, shape = sys.argv[1], map(int, sys.argv[2:])
+    launches = run_decode(*shape) if what == "decode" else run_pass(what, *shape)
+    print(json.dumps({name: compile_launch(*launch) for name, launch in launches.items()}))

@@ -36,8 +36,10 @@ def compare_with_whole_rows(rank: int, ranks: int) -> None:
         whole, shared = build(attention, Context()), build(attention, context)
         worlds = (World(rank, 1, tokens.device), World(rank, ranks, tokens.device))
         watches = [RouterGradients(model, world) for model, world in zip((whole, shared), worlds, strict=True)]
-        with watches[0].watching(), watches[1].watching():
-            expected, found = (model(tokens, labels=labels, **rows) for model in (whole, shared))
+        expected, found = (
+            model(tokens, labels=labels, **rows, watch=gradients.watch)
+            for model, gradients in zip((whole, shared), watches, strict=True)
+        )
         assert torch.equal(context.share(labels) == -100, found["token_losses"] == 0)
         torch.testing.assert_close(found["token_losses"], context.share(expected["token_losses"]), atol=1e-5, rtol=1e-5)
         for name in ("loss", *STATISTICS):

@@ -32,7 +32,7 @@ class DecodeCall(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        return vars(self.config)
+        return self.config._asdict()
 
     def double(self) -> tuple[Tensor, ...]:
         """The tensors, exact."""

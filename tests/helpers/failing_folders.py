@@ -14,8 +14,8 @@ from dash_train.training.trainer import Trainer
 
 def collect_folder_refusals(rank: int, path: Path, folder: Path) -> None:
     """Write what this rank of two is told of folders that the ranks see differently, and what it resumes from."""
-    listed = checkpoint._checkpoints
-    checkpoint._checkpoints = lambda folder: listed(folder)[1:] if rank else listed(folder)
+    listed = checkpoint.checkpoints_in
+    checkpoint.checkpoints_in = lambda folder: listed(folder)[1:] if rank else listed(folder)
     told = {"stale": str(checkpoint.newest(folder / "run" / "checkpoints", init_world()))}
     os.chdir(folder / f"node-{rank}")
     told["not shared"] = refusal(Trainer, load_recipe(path, ["run_dir=elsewhere"]))

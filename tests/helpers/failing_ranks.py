@@ -1,11 +1,13 @@
 """What the ranks of the failure tests run."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dash_train.distributed import agreement
+from dash_train.distributed import agreement, watchdog
+from dash_train.distributed.world import barrier, init_world
 from dash_train.errors import UserError
 from dash_train.recipe.load import load_recipe
 from dash_train.training.trainer import Trainer
@@ -25,6 +27,17 @@ def collect_refusals(rank: int, path: Path, folder: Path) -> None:
     agreement.package_versions = lambda: {**packages, "torch": f"2.{rank % 2}"}
     told["another package"] = refusal(agreement.check_agreement, recipe)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+def hang_at_the_start(rank: int, folder: Path) -> None:
+    """Rank 1 never comes out of a phase before the first step; rank 0 is already in the next."""
+    dog = watchdog.Watchdog(init_world(), timeout_seconds=600)
+    dog.log = folder / f"{rank}.log"
+    dog.begin("building the model", limit=2.0)
+    if rank == 1:
+        time.sleep(120)
+    dog.begin("loading the checkpoint", limit=2.0)
+    barrier()
 
 
 def refusal(function: Callable[..., Any], *arguments: Any) -> str:

@@ -1,7 +1,10 @@
-"""What transformers, peft and trl take for granted of a model, of an exported Dash model."""
+"""What transformers, peft and trl take for granted of a model, of an exported Dash model: with kernels, and as the
+modelling file of an export computes it where dash-train is not installed."""
 
+import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,32 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from dash_train.huggingface import DashForCausalLM
 from dash_train.huggingface.conversion import load_model
+from dash_train.huggingface.generated import END, modeling_code
 from dash_train.huggingface.modeling import CACHE
-from dash_train.model.transformer import Block, LanguageModel
+from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
 KINDS = ["dash", "mixed", "blocks"]
 
 
-@pytest.fixture
-def load(tiny_model: Build, tmp_path: Path) -> Callable[..., DashForCausalLM]:
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """DashForCausalLM of an export's modelling file, before that looks for dash-train."""
+    file = tmp_path_factory.mktemp("code") / "modeling_without_dash_train.py"
+    file.write_text(modeling_code().removesuffix(END))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.DashForCausalLM
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def load(
+    request: pytest.FixtureRequest, tiny_model: Build, plain_model: Any, tmp_path: Path
+) -> Callable[..., DashForCausalLM]:
     def load(kind: str = "dash", **changes: Any) -> DashForCausalLM:
-        model = AutoModelForCausalLM.from_pretrained(export_folder(tiny_model(kind, **changes), tmp_path))
+        kind_of_model = plain_model if request.param == "plain" else AutoModelForCausalLM
+        model = kind_of_model.from_pretrained(export_folder(tiny_model(kind, **changes), tmp_path))
         model.generation_config.eos_token_id = None  # untrained models end anywhere
         return model
 
@@ -165,7 +183,8 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool, load: Any) 
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    with patch.object(Block, "forward", autospec=True, side_effect=Block.forward) as run:
+    block = type(model.model.layers[0])
+    with patch.object(block, "forward", autospec=True, side_effect=block.forward) as run:
         model(rows, labels=rows).loss.backward()
     assert run.call_count == 4  # each of two blocks twice
     torch.testing.assert_close(gradients(model), expected)
@@ -176,7 +195,7 @@ def test_added_tokens_are_saved(tie_embeddings: bool, load: Any, tmp_path: Path)
     model, rows = load(tie_embeddings=tie_embeddings), tokens()
     model.resize_token_embeddings(70)
     model.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again/config.json").read_text())["model"]["vocab_size"] == 70
+    assert json.loads((tmp_path / "again/config.json").read_text())["vocab_size"] == 70
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ours = load_model(tmp_path / "again", torch.float32, "cpu")
     with torch.no_grad():
@@ -188,7 +207,7 @@ def test_added_tokens_are_saved(tie_embeddings: bool, load: Any, tmp_path: Path)
 
 def test_the_model_without_its_head(load: Any, tmp_path: Path) -> None:
     model, rows = load(), tokens()
-    headless = AutoModel.from_pretrained(tmp_path / "out")
+    headless = AutoModel.from_pretrained(tmp_path / "out")  # of the kernels: the states are the same
     with torch.no_grad():
         states = model(rows, output_hidden_states=True).hidden_states
         torch.testing.assert_close(headless(rows).last_hidden_state, states[-1])

@@ -9,6 +9,7 @@ from exported import export_folder
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dash_train.errors import UserError
+from dash_train.huggingface.config import DashConfig
 from dash_train.huggingface.conversion import load_model
 from dash_train.huggingface.modeling import CACHE
 from dash_train.inference.generation import generate
@@ -17,6 +18,7 @@ from dash_train.model.config import RopeScaling
 from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
+EARLIER_FIELDS = {"vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 ROPE = {
     "none": None,
     "linear": RopeScaling(type="linear", factor=2, original_seq=64),
@@ -62,16 +64,32 @@ def assert_same_logits(out: Path, model: LanguageModel, name: str = "DashForCaus
 
 
 def test_routing_blocks_are_exported(tiny_model: Build, tmp_path: Path) -> None:
-    """A folder from before there were any has the paper's."""
-    routing = {"routing_block": [1, 16], "routing_window": [5, 16]}
-    blocks, tokens = tiny_model("dash", routing=routing), tiny_model("dash")
+    blocks = tiny_model("dash", routing={"routing_block": [1, 16], "routing_window": [5, 16]})
     out = export_folder(blocks, tmp_path)
     assert_same_logits(out, blocks)
     config = json.loads((out / "config.json").read_text())
-    for key in routing:
-        del config["model"]["attention"][key]
-    (out / "config.json").write_text(json.dumps(config))
-    assert_same_logits(out, tokens)
+    assert (config["routing_block"], config["routing_window"], config["chunk_size"]) == ([1, 16], [5, 16], 16)
+    assert config["routing_scale"] == [8.0, 8.0]
+    assert config["attention_types"] == ["dash", "dash"]
+
+
+def test_exports_of_earlier_versions_are_read(tiny_model: Build, tmp_path: Path) -> None:
+    """Their config.json holds our configuration as `model`; one from before there were routing blocks has none."""
+    model = tiny_model("dash", tie_embeddings=True)
+    out = export_folder(model, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    for name in DashConfig.__annotations__.keys() - EARLIER_FIELDS:
+        config.pop(name, None)
+    ours = model.config.model_dump(mode="json")
+    for name in ("routing_block", "routing_window"):
+        del ours["attention"][name]
+    (out / "config.json").write_text(json.dumps({**config, "model": ours}))
+    assert_same_logits(out, model)
+    from_huggingface(out).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert again["routing_scale"] == [8.0, 8.0]
+    assert again.get("model") is None
+    assert_same_logits(tmp_path / "again", model)
 
 
 @pytest.mark.parametrize("attention", ["dash", "blocks"])
@@ -174,7 +192,7 @@ def test_export_overwrites_nothing(tiny_model: Build, tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"attention_bias": True}, "attention_bias: not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling .* is not supported"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope_scaling .* is not supported"),
         ({"num_hidden_layers": 3}, "the weights do not fit config.json: 9 missing"),
     ],
 )

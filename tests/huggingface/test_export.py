@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_train.data.tokenizer import load_tokenizer
 from dash_train.errors import UserError
-from dash_train.huggingface.export import export_run
+from dash_train.huggingface.export import export_run, import_folder
 from dash_train.model.transformer import LanguageModel
 from dash_train.recipe.load import load_recipe
 from dash_train.training import checkpoint
@@ -38,6 +38,14 @@ def test_a_run_is_exported_and_generates(
     with torch.no_grad():
         tokens = torch.tensor([ids])
         torch.testing.assert_close(theirs(tokens).logits, model(tokens)["logits"], atol=1e-4, rtol=0)
+    about = json.loads((out / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast", "a name that transformers 4 knows, too"
+    assert about["add_prefix_space"] is False
+    assert (out / "tokenizer.model").read_bytes() == (run / "tokenizer/tokenizer.model").read_bytes()
+    assert "auto_map" not in about, "a tokenizer runs no code"
+    import_folder(out, tmp_path / "again")
+    for file in out.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
     card = (out / "README.md").read_text()
     assert "| validation_loss | " in card
     assert "run_dir: " in card

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from dash_train.errors import UserError
-from dash_train.huggingface.conversion import eos_ids, load_model, read_folder, without_padding
+from dash_train.huggingface.conversion import load_model, read_eos_ids, read_folder, without_padding
+from dash_train.huggingface.export import export_run
 from dash_train.model.transformer import LanguageModel
+from dash_train.recipe.schema import Recipe
+from dash_train.training.initial import open_source, resolve_model
 
 Build = Callable[..., LanguageModel]
 ROUTING = {"chunk_size": 16, "estimate_diagonal": True, "sigma": 2.0, "scaling_factor": 8.0}
@@ -104,7 +107,7 @@ def test_weights_that_do_not_fit_are_named(change: Any, message: str, tiny_model
         ({"num_key_value_heads": 3}, r"config.json: .*heads \(4\) must be a multiple of kv_heads \(3\)"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_scaling .* is not supported"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_scaling .* is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "rope_scaling .* is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "scale": 1.0}}, "rope_scaling .* is not supported"),
     ],
 )
 def test_configurations_that_we_cannot_follow_are_refused(
@@ -121,10 +124,10 @@ def test_configurations_that_we_cannot_follow_are_refused(
     ("name", "content", "message"),
     [
         ("config.json", b"{", "config.json: not JSON"),
-        ("config.json", b"[]", "config.json: expected the fields of a model, found list"),
+        ("config.json", b"[]", "config.json: expected an object with fields, found list"),
         ("config.json", b"{}", "config.json: no model_type"),
         ("model.safetensors", b"broken", "model.safetensors: not a safetensors file"),
-        ("model.safetensors", None, r"no model\*.safetensors here"),
+        ("model.safetensors", None, "no model.safetensors here"),
     ],
 )
 def test_broken_files_are_one_line(
@@ -149,11 +152,11 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_all_tokens_that_end_a_text_are_read(tmp_path: Path) -> None:
-    assert eos_ids(tmp_path) == set()
+    assert read_eos_ids(tmp_path) == ()
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    assert eos_ids(tmp_path) == {5}
+    assert read_eos_ids(tmp_path) == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert eos_ids(tmp_path) == {7, 9}
+    assert read_eos_ids(tmp_path) == (7, 9)
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
@@ -166,3 +169,14 @@ def test_an_export_leaves_out_the_padding_of_the_vocabulary(tie_embeddings: bool
     tokens = torch.randint(61, (1, 40))
     with torch.no_grad():
         torch.testing.assert_close(smaller(tokens)["logits"], model(tokens)["logits"][..., :61])
+
+
+def test_the_authors_weights_keep_their_routing_in_a_recipe(tiny_model: Build, tmp_path: Path) -> None:
+    """Also where the recipe says once more that they are Dash."""
+    model = tiny_model("dash", routing={"prior_normalizer": "geometric_mean", "prior_temperature": 2.0})
+    export_run(export_folder(model, tmp_path), tmp_path / "authors", layout="authors")
+    recipe = Recipe.model_validate(
+        {"run_dir": "x", "init": {"from": "y"}, "model": {"attention": {"type": "dash"}}, "train": {"seq": 128}}
+    )
+    resolved = resolve_model(recipe, open_source(tmp_path / "authors"), 64).model.attention
+    assert (resolved.chunk_size, resolved.routing_scale, resolved.prior_temperature) == (16, 8.0, 2.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from exported import export_folder
 
-from dash_train.huggingface.conversion import MODELING_CODE
+from dash_train.huggingface.generated import modeling_code
 from dash_train.model.transformer import LanguageModel
 
 
@@ -40,4 +40,4 @@ def test_what_transformers_saves_finds_its_code(tiny_model: Callable[..., Langua
     again = load.format("again") + "trust_remote_code=True)"
     headless = "; print(type(AutoModel.from_pretrained('again', trust_remote_code=True)).__name__)"
     assert run_python(again + headless, tmp_path) == "DashModel\n"
-    assert (tmp_path / "again/modeling_dash_train.py").read_text() == MODELING_CODE
+    assert (tmp_path / "again/modeling_dash_train.py").read_text() == modeling_code()

@@ -18,7 +18,7 @@ from dash_train.inference.generation import (
     read_prompts_file,
 )
 from dash_train.kernels.full import list_all_chunks
-from dash_train.model.cache import Cache, Decoding
+from dash_train.model.cache import Cache, Decoding, Sampling
 from dash_train.model.transformer import LanguageModel
 
 Build = Callable[..., LanguageModel]
@@ -152,6 +152,32 @@ def test_vattention_samples(attention: str, tiny_model: Build) -> None:
     assert rows(generate(model, [long], **options)) == both[:1]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(heavy=1.0), Sampling(max_sample=0.0), Sampling(base_sample=3000)])
+def test_sampling_options_reach_the_sampler(sampling: Sampling, tiny_model: Build) -> None:
+    """Each makes it read everything, where the defaults do not."""
+    torch.manual_seed(1)
+    prompt, report = torch.randint(64, (2000,)).tolist(), DecodeReport()
+    decoding = Decoding("vattention", 0.3, 0.2, "denominator", sampling=sampling)
+    list(generate(tiny_model("full"), [prompt], max_new_tokens=2, decoding=decoding, report=report))
+    assert report.density == 1.0
+
+
+def test_the_cache_keeps_bounds_of_its_chunks(tiny_model: Build) -> None:
+    model = tiny_model("dash")
+    decoding = Decoding("vattention", sampling=Sampling(bounds=True))
+    cache = Cache.allocate(model.config, 2, 60, torch.float32, torch.device("cpu"), decoding=decoding, piece_size=16)
+    read_prompts(model, [list(range(30)), [1, 2, 3]], cache)
+    for token in range(20):
+        model(torch.tensor([[token], [token]]), cache=cache)
+    chunk_size = model.config.attention.chunk_size
+    for layer in cache.layers:
+        chunks = layer.keys.unflatten(1, (-1, chunk_size))
+        for row, length in enumerate((50, 23)):
+            complete = length // chunk_size
+            for bound, expected in zip(layer.bounds, (chunks.amin(2), chunks.amax(2)), strict=True):
+                assert torch.equal(bound[row, :complete], expected[row, :complete])
+
+
 def test_seeds_fold_request_layer_and_step(tiny_model: Build) -> None:
     model = tiny_model("full")
     seen = []
@@ -251,6 +277,8 @@ def test_numbers_out_of_range_are_refused(wrong: dict, tiny_model: Build) -> Non
         ({"epsilon": 1.0}, "found epsilon 1.0"),
         ({"delta": 0.0}, "delta 0.0"),
         ({"routing_every": 3}, "power of two.* found 3"),
+        ({"heavy": 1.5}, "heavy from 0 to 1.* found 1.5"),
+        ({"base_sample": 1}, "base_sample of at least 2; found 1"),
     ],
 )
 def test_unknown_ways_to_decode_are_refused(wrong: dict, message: str, tiny_model: Build) -> None:

@@ -130,4 +130,4 @@ def test_the_shipped_studies_are_valid(monkeypatch):
     for path in (ROOT / "recipes" / "study").glob("*.yaml"):
         runs = study_runs(load_study(path))
         assert len({run.folder for run in runs}) == len(runs)
-        assert os.path.commonpath([run.folder for run in runs]).startswith("runs/")
+        assert os.path.commonpath([run.folder for run in runs]).startswith(os.path.abspath("runs"))

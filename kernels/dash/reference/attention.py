@@ -8,14 +8,35 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.reference.stages import Rows, attend_rows, group_heads, route_rows, summarize, whole_chunks
+from dash_train.kernels.dash.reference.fused import attend_fast
+from dash_train.kernels.dash.reference.stages import (
+    Rows,
+    group_heads,
+    log_prior,
+    route_rows,
+    summarize,
+    whole_chunks,
+)
 from dash_train.kernels.dash.stats import DashStats, RoutingCounts, by_token, count_eligible, tile_tokens
 
 # Elements of one block's score matrix [batch, heads, rows, keys]; a handful of such matrices live at a time.
 SCORES_PER_BLOCK = {"cpu": 2**21, "cuda": 2**27}
+
+
+class Attended(NamedTuple):
+    """The output [batch, kv_heads, group, rows, head_dim] of some rows, and their part of DashStats."""
+
+    out: Tensor
+    tau: Tensor
+    row_max: Tensor
+    normalizer: Tensor
+    active_chunks: Tensor
+    union_chunks: Tensor  # by tiles of tokens; all others by routing blocks
+    residual: Tensor
 
 
 class Block(NamedTuple):
@@ -105,6 +126,28 @@ def dash_attention_reference(
     )
     out = torch.cat([a.out for a in attended], 3).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out.to(q.dtype), stats
+
+
+def attend_rows(rows: Rows, config: DashConfig) -> Attended:
+    """Stages 1 and 2 and the statistics of some rows."""
+    routing = route_rows(rows, config)
+    prior, normalizer = log_prior(routing, config)
+    prior, routed = (by_token(t, config.routing_block, rows.q.shape[3], 2) for t in (prior, routing.routed))
+    own_chunk = rows.positions // config.chunk_size
+    own = torch.arange(prior.shape[-1], device=prior.device) == own_chunk[:, None, :, None]
+    out = attend_fast(rows.q, rows.k, rows.v, prior.masked_fill(own, 0), rows.positions, config.chunk_size)
+
+    tile = tile_tokens(rows.q.shape[2])
+    tiles = F.pad(routed, (0, 0, 0, -routed.shape[2] % tile)).unflatten(2, (-1, tile))
+    return Attended(
+        out,
+        routing.tau,
+        routing.row_max,
+        normalizer,
+        active_chunks=routing.routed.sum(-1, dtype=torch.int32),
+        union_chunks=tiles.any(3).sum(-1, dtype=torch.int32),
+        residual=routing.residual,
+    )
 
 
 def query_blocks(

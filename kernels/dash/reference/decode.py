@@ -1,17 +1,18 @@
-"""Decoding in plain torch: the stages of decode_routing.py and decode_attend.py, by the definitions in stages.py."""
+"""Decoding in plain torch: what triton/decode_routing.py and decode_attend.py do, by the definitions in stages.py."""
 
 import torch
 from torch import Tensor
 
 from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.dash.config import DashConfig
+from dash_train.kernels.dash.reference.fused import attend_fast
 from dash_train.kernels.dash.reference.stages import (
     PBAR_MIN,
-    attend,
     eligible_chunks,
     group_heads,
     log_prior,
     route,
+    temperature,
     whole_chunks,
 )
 
@@ -63,14 +64,13 @@ def attend_lists(
     k, v = (whole_chunks(cache.masked_fill(unwritten, 0), config.chunk_size) for cache in (k_cache, v_cache))
     positions = lengths.clamp(min=1)[:, None] - 1
     grouped_q, prior = group_heads(q[:, None], k_cache.shape[2]), dense_prior(lists, config)
-    out = attend(grouped_q, k, v, prior[:, :, None], positions, config.chunk_size)
+    out = attend_fast(grouped_q, k, v, prior[:, :, None], positions, config.chunk_size)
     return out.flatten(1, 3).to(q.dtype)
 
 
 def dense_prior(lists: ChunkLists, config: DashConfig) -> Tensor:
     """b_c [batch, kv_heads, chunks] of the listed chunks, 0 for the own one and -inf for all others."""
-    temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    prior = (lists.log_pbar - lists.normalizer[..., None]) / temperature
+    prior = (lists.log_pbar - lists.normalizer[..., None]) / temperature(config)
     chunks = lists.chunks.shape[2]
     listed = (-(-lists.keys // config.chunk_size)).clamp(min=1)  # of a sequence of length 0 too the own chunk
     is_listed = torch.arange(chunks, device=prior.device) < listed[..., None]

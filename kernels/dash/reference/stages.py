@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dash_train.kernels.common.numbers import compute_dtype
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.stats import by_token, tile_tokens
-from dash_train.kernels.entmax import compute_dtype, probability, relative_to_max, threshold15, threshold15_on
+from dash_train.kernels.entmax import probability, relative_to_max, threshold15, threshold15_on
 
 PBAR_MIN = 1e-20  # log pbar is taken of at least this
 PBAR_GRADIENT_MIN = 1e-6  # below it log pbar gets no gradient: 1 / pbar would explode
@@ -41,18 +41,6 @@ class Routing(NamedTuple):
     tau: Tensor  # [batch, kv_heads, group, blocks], relative to row_max
     row_max: Tensor  # [batch, kv_heads, group, blocks], of z
     residual: Tensor  # scalar: worst |sum p - 1|
-
-
-class Attended(NamedTuple):
-    """The output [batch, kv_heads, group, rows, head_dim] of some rows, and their part of DashStats."""
-
-    out: Tensor
-    tau: Tensor
-    row_max: Tensor
-    normalizer: Tensor
-    active_chunks: Tensor
-    union_chunks: Tensor  # by tiles of tokens; all others by routing blocks
-    residual: Tensor
 
 
 def group_heads(q: Tensor, kv_heads: int) -> Tensor:
@@ -83,7 +71,7 @@ def eligible_chunks(positions: Tensor, starts: Tensor, chunks: int, chunk_size: 
 def route(
     q: Tensor, summaries: Tensor, eligible: Tensor, routing_scale: float, support: Tensor | None = None
 ) -> Routing:
-    """Stage 1: entmax-1.5 over the eligible chunks, each head by itself, then the mean over the group."""
+    """Stage 1: p = entmax-1.5(s) over the eligible chunks, each head by itself, then pbar, its mean over the group."""
     scores = q.flatten(2, 3) @ summaries.mT * (routing_scale * q.shape[-1] ** -0.5)
     scores = scores.unflatten(2, q.shape[2:4]).masked_fill(~eligible[:, None, None], -torch.inf)
     with torch.no_grad():
@@ -111,6 +99,11 @@ def route_rows(rows: Rows, config: DashConfig) -> Routing:
     return route(q, rows.summaries, eligible, config.routing_scale, support)
 
 
+def temperature(config: DashConfig) -> float:
+    """What the log-prior is divided by: 1 without a normalizer."""
+    return 1.0 if config.prior_normalizer == "none" else config.prior_temperature
+
+
 def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
     """b_c of every chunk (-inf outside R), and the normaliser [batch, kv_heads, blocks] that it contains."""
     log_pbar = routing.pbar.clamp(min=PBAR_MIN).log()
@@ -124,52 +117,20 @@ def log_prior(routing: Routing, config: DashConfig) -> tuple[Tensor, Tensor]:
             normalizer = peak.masked_fill(peak == -torch.inf, 0)
         else:
             normalizer = torch.zeros_like(log_pbar[..., 0])
-    temperature = 1.0 if config.prior_normalizer == "none" else config.prior_temperature
-    prior = (log_pbar - normalizer[..., None]) / temperature
+    prior = (log_pbar - normalizer[..., None]) / temperature(config)
     return prior.masked_fill(~routing.routed, -torch.inf), normalizer
+
+
+def token_bias(prior: Tensor, positions: Tensor, chunk_size: int) -> Tensor:
+    """The prior of each token's chunk, -inf after the row's own token: [batch, kv_heads, rows, keys]."""
+    bias = prior[..., None].expand(*prior.shape, chunk_size).flatten(-2)
+    token = torch.arange(bias.shape[-1], device=prior.device)
+    return bias.masked_fill(token > positions[:, None, :, None], -torch.inf)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prior: Tensor, positions: Tensor, chunk_size: int) -> Tensor:
     """Stage 2: softmax over the tokens up to each row's own of (q.k / sqrt(head_dim) + prior of the token's chunk)."""
-    token = torch.arange(k.shape[2], device=k.device)
-    bias = prior[..., None].expand(*prior.shape, chunk_size).flatten(-2)
-    bias = bias.masked_fill(token > positions[:, None, :, None], -torch.inf)  # [batch, kv_heads, rows, keys]
-    if q.is_cuda and q.dtype == torch.float32:
-        return attend_fused(q, k, v, bias)
+    bias = token_bias(prior, positions, chunk_size)
     scores = (q * q.shape[-1] ** -0.5).flatten(2, 3) @ k.mT
     weights = (scores.unflatten(2, q.shape[2:4]) + bias[:, :, None]).softmax(-1)
     return (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The softmax of stage 2 by SDPA, which on CUDA (its memory-efficient kernels, fp32 in three passes of the matrix
-    units) is several times faster than plain torch; bias [batch, kv_heads, rows, keys].
-    """
-    if bias.requires_grad and not (q.requires_grad or k.requires_grad or v.requires_grad):
-        q = q.detach().requires_grad_()  # else the kernel does not keep what the bias's own gradient needs
-    # KV heads join the batch and the group are the heads, so that the bias, which they share, is not repeated.
-    keys, values = (t.flatten(0, 1)[:, None].expand(-1, q.shape[2], -1, -1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=bias.flatten(0, 1)[:, None])
-    return out.unflatten(0, q.shape[:2])
-
-
-def attend_rows(rows: Rows, config: DashConfig) -> Attended:
-    """Stages 1 and 2 and the statistics of some rows."""
-    routing = route_rows(rows, config)
-    prior, normalizer = log_prior(routing, config)
-    prior, routed = (by_token(t, config.routing_block, rows.q.shape[3], 2) for t in (prior, routing.routed))
-    own_chunk = rows.positions // config.chunk_size
-    own = torch.arange(prior.shape[-1], device=prior.device) == own_chunk[:, None, :, None]
-    out = attend(rows.q, rows.k, rows.v, prior.masked_fill(own, 0), rows.positions, config.chunk_size)
-
-    tile = tile_tokens(rows.q.shape[2])
-    tiles = F.pad(routed, (0, 0, 0, -routed.shape[2] % tile)).unflatten(2, (-1, tile))
-    return Attended(
-        out,
-        routing.tau,
-        routing.row_max,
-        normalizer,
-        active_chunks=routing.routed.sum(-1, dtype=torch.int32),
-        union_chunks=tiles.any(3).sum(-1, dtype=torch.int32),
-        residual=routing.residual,
-    )

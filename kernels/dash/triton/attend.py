@@ -1,4 +1,7 @@
-"""Stage 2 in Triton: attention of a tile over its own chunk and its list of routed chunks."""
+"""Stage 2 in Triton: attention of a tile over its own chunk and its list of routed chunks.
+
+docs/internals.md has the words: tile, list, entry, segment.
+"""
 
 import torch
 import triton
@@ -7,9 +10,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.common.launch import launch
-from dash_train.kernels.dash.triton.lists import LOG2_E
-from dash_train.kernels.dash.triton.routing import Routing
-from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape
+from dash_train.kernels.common.numbers import LOG2_E
+from dash_train.kernels.common.rows import batch_and_head
+from dash_train.kernels.common.softmax import add_weighted, softmax_step
+from dash_train.kernels.dash.triton.routing import RoutingResults
+from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape, strides_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -21,7 +26,7 @@ def attend_segment(
     shape: Shape,
     segment: Segment,
     lists: Lists,
-    routing: Routing,
+    routing: RoutingResults,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -37,15 +42,12 @@ def attend_segment(
         q,
         TensorDescriptor.from_tensor(k, [1, keys, 1, block_dim]),
         TensorDescriptor.from_tensor(v, [1, keys, 1, block_dim]),
-        *lists,
+        lists,
         routing.lengths,
         out,
         lse,
-        *q.stride()[:3],
-        shape.q_len,
-        routing.lengths.shape[2],
-        shape.lists(segment.tokens),
-        *segment,
+        strides_of(q),
+        segment,
         LOG2_E * shape.head_dim**-0.5,
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
@@ -67,22 +69,12 @@ def attend_kernel(
     q_ptr,
     k_tiles,
     v_tiles,
-    chunks_ptr,
-    prior_ptr,
+    lists,
     lengths_ptr,
     out_ptr,
     lse_ptr,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    q_len,
-    row_lists,
-    lists,
-    first_row,
-    first_position,
-    tokens,
-    first_list,
-    capacity,
+    q_strides,
+    segment,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -96,72 +88,73 @@ def attend_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a tile, the longest histories first. Logits are in units of log 2: scale and prior hold log2 e."""
+    """One program a tile, the longest histories first: o = softmax(a q.k_j + b_c(j)) V over its attended chunks.
+
+    Logits are in units of log 2: `scale` and the log-priors hold log2 e.
+    """
     ROWS: tl.constexpr = TILE * PADDED_GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
 
+    # 1. The tile's queries.
     row = tl.arange(0, ROWS)
     token = tile * TILE + row // PADDED_GROUP  # within the segment
     head = row % PADDED_GROUP
-    is_real = (token < tokens) & (head < GROUP)
+    is_real = (token < segment.tokens) & (head < GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
-    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride
-    q_rows += (kv_head * GROUP + head) * q_head_stride
-    q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim[None, :], other=0.0)
-    # Changes nothing but the compiler's mind: what comes straight from a load it feeds to the matrix units through
-    # shared memory, whose bandwidth limits this kernel; what was computed stays in registers.
+    q_rows = q_ptr + batch * q_strides.batch + (segment.row + token).to(tl.int64) * q_strides.token
+    q_rows += (kv_head * GROUP + head) * q_strides.head
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=is_real[:, None] & in_dim[None, :], other=0.0)  # [ROWS, BLOCK_DIM]
+    # Changes no value: what comes straight from a load wgmma reads from shared memory, whose bandwidth limits this
+    # kernel; what was computed it reads from registers.
     q = tl.where(is_real[:, None], q, 0.0)
 
-    # The own chunk: causal, no prior. Every row sees its first key, so the maximum is finite from there on.
-    own = (first_position + tile * TILE) // CHUNK
+    # 2. The own chunk: causal, no prior. Every row sees its first key, so the maximum is finite from there on.
+    own = (segment.position + tile * TILE) // CHUNK
     k_head = kv_head.to(tl.int32)
     k_batch = batch.to(tl.int32)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    # Constant bounds: a loop of one round vanishes. Left in place it would make the compiler serialize the matrix
-    # products of the loop below, which costs a fifth of this kernel's speed.
+    # Constant bounds: a loop of one round vanishes. Left in place it would make the compiler serialize the wgmma of the
+    # loop below, which costs a fifth of this kernel's speed.
     for start in tl.range(0, CHUNK, KEYS, num_stages=1):
         key = own * CHUNK + start
-        k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
+        k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)  # [KEYS, BLOCK_DIM]
         v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
-        is_seen = (key + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]
+        is_seen = (key + tl.arange(0, KEYS))[None, :] <= (segment.position + token)[:, None]
+        # [ROWS, KEYS]
         logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_highest[:, None])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        highest = new_highest
+        highest, total, acc = softmax_step(highest, total, acc, logits, v)
 
+    # 3. The routed chunks. softmax_step with the scale and the prior in one multiply-add.
     own_list = tile // (LIST // TILE)
-    list_start = (sequence * lists + own_list) * capacity
-    chunks_ptr += list_start
-    prior_ptr += list_start * BLOCKS
+    list_start = (batch_head * tl.cdiv(segment.tokens, LIST) + own_list) * segment.chunks
+    chunks_ptr = lists.chunks + list_start
+    prior_ptr = lists.prior + list_start * BLOCKS
     if BLOCKS > 1:
         prior_ptr += row // (TILE // BLOCKS * PADDED_GROUP)
-    length = tl.load(lengths_ptr + sequence * row_lists + first_list + own_list)
+    length = tl.load(lengths_ptr + batch_head * segment.row_lists + segment.list + own_list)
     STEPS: tl.constexpr = CHUNK // KEYS
     for step in tl.range(0, length * STEPS, num_stages=STAGES):
         entry = step // STEPS
         key = tl.load(chunks_ptr + entry) * CHUNK + step % STEPS * KEYS
-        prior = tl.load(prior_ptr + entry * BLOCKS)  # one, or one a row
+        prior = tl.load(prior_ptr + entry * BLOCKS)  # one, or [ROWS]
         k = k_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, key, k_head, 0]).reshape(KEYS, BLOCK_DIM)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS], without scale and prior
         new_highest = tl.maximum(highest, tl.max(logits, 1) * scale + prior)
         weights = tl.exp2(logits * scale + (prior - new_highest)[:, None])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        total, acc = add_weighted(total, acc, weights, tl.exp2(highest - new_highest), v)
         highest = new_highest
 
-    out_rows = out_ptr + ((batch * q_len + first_row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * HEAD_DIM
+    # 4. The output and the logarithm of its denominator.
+    out_rows = (
+        out_ptr
+        + ((batch * segment.q_len + segment.row + token) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * HEAD_DIM
+    )
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_rows[:, None] + dim[None, :], out, mask=is_real[:, None] & in_dim[None, :])
-    per_row = (sequence * q_len + first_row + token) * GROUP + head
+    per_row = (batch_head * segment.q_len + segment.row + token) * GROUP + head
     tl.store(lse_ptr + per_row, (highest + tl.log2(total)) * LN_2, mask=is_real)

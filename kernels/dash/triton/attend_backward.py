@@ -1,4 +1,7 @@
-"""Gradients of stage 2 with respect to queries and log-priors, in Triton, over the forward pass's lists."""
+"""Gradients of stage 2 with respect to queries and log-priors, in Triton, over the forward pass's lists.
+
+docs/internals.md has the words: tile, list, entry, segment.
+"""
 
 import torch
 import triton
@@ -7,9 +10,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.common.launch import launch
-from dash_train.kernels.dash.triton.lists import LOG2_E
+from dash_train.kernels.common.numbers import LOG2_E, power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.dash.triton.rows import keys_in_product, product_precision, tile_rows
-from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape, power_of_two
+from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape, strides_of
 
 
 def row_deltas(out: Tensor, dout: Tensor, lse: Tensor) -> Tensor:
@@ -60,19 +64,15 @@ def attend_backward_segment(
         q,
         TensorDescriptor.from_tensor(k, block),
         TensorDescriptor.from_tensor(v, block),
-        lists.chunks,
-        lists.prior,
+        lists,
         lengths,
         dout,
         lse,
         delta,
         g,
         dq,
-        *q.stride()[:3],
-        shape.q_len,
-        lengths.shape[2],
-        shape.lists(segment.tokens),
-        *segment,
+        strides_of(q),
+        segment,
         shape.head_dim**-0.5,
         LOG2_E,
         KV_HEADS=shape.kv_heads,
@@ -103,16 +103,17 @@ def delta_kernel(
     BLOCK_DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """One program ROWS rows of a batch row: delta = sum over dimensions of out dout."""
     batch = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # token * HEADS + head
     dim = tl.arange(0, BLOCK_DIM)
     is_row = row < q_len * HEADS
     mask = is_row[:, None] & (dim < HEAD_DIM)[None, :]
     offset = (batch * q_len * HEADS + row)[:, None] * HEAD_DIM + dim[None, :]
-    out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offset, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_DIM]
     dout = tl.load(dout_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    sequence = batch * (HEADS // GROUP) + row % HEADS // GROUP
-    place = (sequence * q_len + row // HEADS) * GROUP + row % GROUP
+    batch_head = batch * (HEADS // GROUP) + row % HEADS // GROUP
+    place = (batch_head * q_len + row // HEADS) * GROUP + row % GROUP
     tl.store(delta_ptr + place, tl.sum(out * dout, 1), mask=is_row)
 
 
@@ -121,25 +122,15 @@ def attend_backward_kernel(
     q_ptr,
     k_tiles,
     v_tiles,
-    chunks_ptr,
-    prior_ptr,
+    lists,
     lengths_ptr,
     dout_ptr,
     lse_ptr,
     delta_ptr,
     g_ptr,
     dq_ptr,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    q_len,
-    row_lists,
-    lists,
-    first_row,
-    first_position,
-    tokens,
-    first_list,
-    capacity,
+    q_strides,
+    segment,
     scale,
     log2_e,
     KV_HEADS: tl.constexpr,
@@ -155,27 +146,32 @@ def attend_backward_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a tile, the longest histories first. An entry's log-prior is read, then its g written."""
+    """One program a tile, the longest histories first: dS = P (dO V^T - delta), dq = a dS K, g_c = sum of dS over c.
+
+    P = 2^(logits - lse), as in the forward pass. An entry's log-prior is read, then its g written.
+    """
     HEADS: tl.constexpr = KV_HEADS * GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
-    token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
+
+    # 1. The tile's rows.
+    token, head, is_real = tile_rows(tile, segment.tokens, kv_head, GROUP, PADDED_GROUP, TILE)
     dim = tl.arange(0, BLOCK_DIM)
     mask = is_real[:, None] & (dim < HEAD_DIM)[None, :]
-
-    q_rows = q_ptr + batch * q_batch_stride + (first_row + token).to(tl.int64) * q_token_stride + head * q_head_stride
-    rows = ((batch * q_len + first_row + token) * HEADS + head) * HEAD_DIM
-    q = tl.load(q_rows[:, None] + dim[None, :], mask=mask, other=0.0)
+    q_rows = (
+        q_ptr + batch * q_strides.batch + (segment.row + token).to(tl.int64) * q_strides.token + head * q_strides.head
+    )
+    rows = ((batch * segment.q_len + segment.row + token) * HEADS + head) * HEAD_DIM
+    q = tl.load(q_rows[:, None] + dim[None, :], mask=mask, other=0.0)  # [ROWS, BLOCK_DIM]
     dout = tl.load(dout_ptr + rows[:, None] + dim[None, :], mask=mask, other=0.0)
     q = tl.where(is_real[:, None], q, 0.0)  # keeps both in registers, as in the forward pass
     dout = tl.where(is_real[:, None], dout, 0.0)
-    per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
-    lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
+    per_row = (batch_head * segment.q_len + segment.row + token) * GROUP + head - kv_head * GROUP
+    lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e  # [ROWS]
     delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
 
-    own = (first_position + tile * TILE) // CHUNK
+    # 2. The own chunk: causal, no prior.
+    own = (segment.position + tile * TILE) // CHUNK
     k_head = kv_head.to(tl.int32)
     k_batch = batch.to(tl.int32)
     logit_scale = scale * log2_e
@@ -183,28 +179,30 @@ def attend_backward_kernel(
     for start in tl.range(0, CHUNK, KEYS, num_stages=1):
         k = k_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, own * CHUNK + start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
-        is_seen = (own * CHUNK + start + tl.arange(0, KEYS))[None, :] <= (first_position + token)[:, None]
+        is_seen = (own * CHUNK + start + tl.arange(0, KEYS))[None, :] <= (segment.position + token)[:, None]
+        # [ROWS, KEYS]
         logits = tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale, float("-inf"))
         dlogits = tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         dlogits *= tl.exp2(logits - lse[:, None])
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=PRECISION)
 
+    # 3. The routed chunks.
     own_list = tile // TILES
-    list_start = (sequence * lists + own_list) * capacity
-    chunks_ptr += list_start
-    prior_ptr += list_start * BLOCKS
+    list_start = (batch_head * tl.num_programs(0) // TILES + own_list) * segment.chunks
+    chunks_ptr = lists.chunks + list_start
+    prior_ptr = lists.prior + list_start * BLOCKS
     if BLOCKS > 1:
         prior_ptr += tl.arange(0, TILE * PADDED_GROUP) // (TILE // BLOCKS * PADDED_GROUP)
         g_ptr += list_start * BLOCKS + tl.arange(0, BLOCKS)
     else:
         g_ptr += list_start * TILES + tile % TILES
-    length = tl.load(lengths_ptr + sequence * row_lists + first_list + own_list)
+    length = tl.load(lengths_ptr + batch_head * segment.row_lists + segment.list + own_list)
     STEPS: tl.constexpr = CHUNK // KEYS
     g = tl.zeros([TILE * PADDED_GROUP], tl.float32)
     for step in tl.range(0, length * STEPS, num_stages=STAGES):
         entry = step // STEPS
         start = tl.load(chunks_ptr + entry) * CHUNK + step % STEPS * KEYS
-        shift = tl.load(prior_ptr + entry * BLOCKS) - lse
+        shift = tl.load(prior_ptr + entry * BLOCKS) - lse  # [ROWS]
         k = k_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         v = v_tiles.load([k_batch, start, k_head, 0]).reshape(KEYS, BLOCK_DIM)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)

@@ -29,10 +29,10 @@ def dash_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, chunk_query and router_q, in their types, contiguous.
 
-    dout contiguous, like q; q, k and v as the copy engine wants them; out, lse and kept as dash_forward returned them.
+    dout contiguous, like q; q, k and v as TMA takes them; out, lse and kept as dash_forward returned them.
     """
     shape = shape_of(q, k, config.chunk_size, config.routing_block)
-    sequences = shape.batch * shape.kv_heads
+    batch_heads = shape.batch * shape.kv_heads
     delta = row_deltas(out, dout, lse)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     routed_q, drouted_q = q, dq
@@ -40,7 +40,7 @@ def dash_backward(
         routed_q, drouted_q = router_q, torch.empty_like(router_q, memory_format=torch.contiguous_format)
     # Where queries are only some of the row's, no token has its own chunk in the others.
     new = torch.empty if shape.q_len == shape.seq else torch.zeros
-    dk, dv = new(2, sequences, shape.seq, shape.head_dim, device=q.device)
+    dk, dv = new(2, batch_heads, shape.seq, shape.head_dim, device=q.device)
     inputs = keys_backward_inputs(q, k, v, dout, lse, delta, shape)
     for segment in longest_first(shape, query_starts, backward=True):
         own_keys_segment(inputs, shape, segment, dk, dv)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.dash.triton.decode_routing import within_block
 from dash_train.kernels.dash.triton.summaries import weighted_summary
 
@@ -31,7 +33,7 @@ def append_newest(
     batch, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_two(head_dim)
     recent_q, router_q = kept or (None, None)
     append_kernel[(batch * kv_heads,)](
         q,
@@ -53,7 +55,7 @@ def append_newest(
         head_dim**-0.5,
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=triton.next_power_of_2(group),
+        ROWS=power_of_two(group),
         CHUNK=chunk_size,
         ROUTING_BLOCK=routing_block,
         WINDOW=1 if recent_q is None else recent_q.shape[1],
@@ -100,12 +102,13 @@ def append_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """One program a sequence and KV head."""
-    batch = (tl.program_id(0) // KV_HEADS).to(tl.int64)
-    kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    """One program a KV head of a sequence, all of it at the token's place."""
+    _, batch, kv_head = batch_and_head(tl.program_id(0), KV_HEADS)
     length = tl.load(lengths_ptr + batch).to(tl.int32)
     if length == 0:
         return
+
+    # 1. Key and value, [BLOCK_DIM] each.
     position = length - 1
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
@@ -116,6 +119,7 @@ def append_kernel(
     tl.store(k_rows + position.to(tl.int64) * k_cache_token_stride + dim, k, mask=in_dim)
     tl.store(v_rows + position.to(tl.int64) * v_cache_token_stride + dim, v, mask=in_dim)
 
+    # 2. The summary of the chunk that the token completes.
     if summaries_ptr is not None:
         place = batch * summary_batch_stride + kv_head * summary_head_stride
         w_head = w_ptr + kv_head * HEAD_DIM
@@ -131,11 +135,13 @@ def append_kernel(
             HEAD_DIM,
             BLOCK_DIM,
         )
+
+    # 3. The group's queries and, where the token begins a block, their means with those before.
     if recent_q_ptr is not None:
         head = kv_head * GROUP + tl.arange(0, ROWS)
         is_q = (tl.arange(0, ROWS) < GROUP)[:, None] & in_dim[None, :]
         q_rows = q_ptr + batch * q_batch_stride + head * q_head_stride
-        q = tl.load(q_rows[:, None] + dim[None, :], mask=is_q, other=0.0)
+        q = tl.load(q_rows[:, None] + dim[None, :], mask=is_q, other=0.0)  # [ROWS, BLOCK_DIM]
         token_size = KV_HEADS * GROUP * HEAD_DIM
         offset = head[:, None] * HEAD_DIM + dim[None, :]
         recent_rows = recent_q_ptr + batch * (WINDOW * token_size) + offset
@@ -170,7 +176,10 @@ def _add_summary(
 
 @triton.jit
 def _mean_of_recent(q, recent_rows, position, token_size, is_q, WINDOW: tl.constexpr):
-    """From the newest back, in the order of router_queries; the newest is not read from where it was just stored."""
+    """The mean of the last WINDOW queries [ROWS, BLOCK_DIM], or of all, from the newest back as in router_queries.
+
+    The newest is not read from where it was just stored.
+    """
     total = q.to(tl.float32)
     count = tl.minimum(position + 1, WINDOW)
     for back in tl.range(1, count, loop_unroll_factor=QUERIES_IN_FLIGHT):

@@ -3,7 +3,8 @@
 The lists of all KV heads of all sequences, one behind the other, are one row of key blocks. It is cut into as many
 equal parts as there are programs, so lists of very different lengths load the device evenly. A program's part may
 begin and end within a list and cover several; for each list that it touches it leaves a partial result. Parts and lists
-are both in order, so program + list is a different number for every such pair: the place of its partial result.
+are both in order, so program + list is a different number for every such pair: the place of its partial result. A
+*sequence* is a row of the batch; docs/internals.md has the other words.
 """
 
 from typing import NamedTuple
@@ -13,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import LOG2_E, MATRIX_ROWS, power_of_two
+from dash_train.kernels.common.softmax import softmax_step
 from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.triton.lists import LOG2_E
-from dash_train.kernels.dash.triton.tiles import MATRIX_ROWS
+from dash_train.kernels.dash.reference.stages import temperature
 
 PROGRAMS_PER_SM = 3
 PROGRAMS_ON_CPU = 5
@@ -63,15 +65,15 @@ def attend_parts(q: Tensor, k_cache: Tensor, v_cache: Tensor, lists: ChunkLists,
         lists.chunks.shape[2],
         lists.keys.numel(),
         LOG2_E * head_dim**-0.5,
-        LOG2_E / (1.0 if config.prior_normalizer == "none" else config.prior_temperature),
+        LOG2_E / temperature(config),
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=max(MATRIX_ROWS, triton.next_power_of_2(group)),
+        ROWS=max(MATRIX_ROWS, power_of_two(group)),
         CHUNK=config.chunk_size,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=power_of_two(head_dim),
         KEYS=_keys_in_block(q),
-        PADDED_LISTS=triton.next_power_of_2(lists.keys.numel()),
+        PADDED_LISTS=power_of_two(lists.keys.numel()),
         STAGES=STAGES,
         num_warps=WARPS,
     )
@@ -89,9 +91,9 @@ def merge_parts(q: Tensor, parts: Parts, lists: ChunkLists) -> Tensor:
         lists.keys.numel(),
         _programs(q.device),
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=power_of_two(head_dim),
         KEYS=_keys_in_block(q),
-        PADDED_LISTS=triton.next_power_of_2(lists.keys.numel()),
+        PADDED_LISTS=power_of_two(lists.keys.numel()),
         PARTS=MERGED_PARTS,
         num_warps=4,
     )
@@ -106,7 +108,7 @@ def _programs(device: torch.device) -> int:
 
 def _keys_in_block(q: Tensor) -> int:
     """Keys of one step, whatever the size of a chunk: what shared memory has room for several times."""
-    return min(128, BLOCK_BYTES // (triton.next_power_of_2(q.shape[-1]) * q.element_size()))
+    return min(128, BLOCK_BYTES // (power_of_two(q.shape[-1]) * q.element_size()))
 
 
 @triton.jit
@@ -143,7 +145,11 @@ def attend_parts_kernel(
     PADDED_LISTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program an equal share of all key blocks. Logits are in units of log 2: both scales hold log2 e."""
+    """One program an equal share of all key blocks: of each list in it, o and the softmax's denominator over its share.
+
+    o = softmax(a q.k_j + b_c(j)) V. Logits are in units of log 2: both scales hold log2 e.
+    """
+    # 1. The share: blocks block .. part_end - 1 of all lists.
     index = tl.arange(0, PADDED_LISTS)
     list_ends = _list_ends(keys_ptr, lists, KEYS, PADDED_LISTS)
     blocks = tl.max(list_ends, 0).to(tl.int64)
@@ -153,7 +159,7 @@ def attend_parts_kernel(
         return
     block = (program * blocks // programs).to(tl.int32)
     part_end = ((program + 1) * blocks // programs).to(tl.int32)
-    row = tl.sum((list_ends <= block).to(tl.int32), 0)  # the list that the first block is in
+    row = tl.sum((list_ends <= block).to(tl.int32), 0)  # the list that the first block is in: a batch_head
 
     head = tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -161,6 +167,7 @@ def attend_parts_kernel(
     is_head = head < GROUP
     in_dim = (dim < HEAD_DIM)[None, :]
     while block < part_end:
+        # 2. The share of list `row`.
         list_start = tl.max(tl.where(index < row, list_ends, 0), 0)
         stop = tl.minimum(part_end, tl.max(tl.where(index <= row, list_ends, 0), 0))
         batch = (row // KV_HEADS).to(tl.int64)
@@ -172,8 +179,9 @@ def attend_parts_kernel(
         k_head = k_ptr + batch * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
         v_head = v_ptr + batch * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
         q_rows = q_ptr + batch * q_batch_stride + (kv_head * GROUP + head) * q_head_stride
-        q = tl.load(q_rows[:, None] + dim[None, :], mask=is_head[:, None] & in_dim, other=0.0)
+        q = tl.load(q_rows[:, None] + dim[None, :], mask=is_head[:, None] & in_dim, other=0.0)  # [ROWS, BLOCK_DIM]
 
+        # 3. Its keys, block by block.
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
@@ -185,17 +193,14 @@ def attend_parts_kernel(
             prior = tl.load(list_log_pbar + key // CHUNK, mask=is_seen, other=0.0)
             token = chunk * CHUNK + key % CHUNK
             row_offset = token.to(tl.int64)[:, None]
+            # [KEYS, BLOCK_DIM]
             k = tl.load(k_head + row_offset * k_token_stride + dim[None, :], mask=is_seen[:, None] & in_dim, other=0.0)
             v = tl.load(v_head + row_offset * v_token_stride + dim[None, :], mask=is_seen[:, None] & in_dim, other=0.0)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS]
             logits += tl.where(is_seen, (prior - normalizer) * prior_scale, float("-inf"))[None, :]
-            new_highest = tl.maximum(highest, tl.max(logits, 1))
-            weights = tl.exp2(logits - new_highest[:, None])
-            rescale = tl.exp2(highest - new_highest)
-            total = total * rescale + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-            highest = new_highest
+            highest, total, acc = softmax_step(highest, total, acc, logits, v)
 
+        # 4. The partial result.
         place = (program + row).to(tl.int64) * GROUP + head
         tl.store(part_ptr + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=is_head[:, None] & in_dim)
         tl.store(highest_ptr + place, highest, mask=is_head)
@@ -219,7 +224,10 @@ def merge_parts_kernel(
     PADDED_LISTS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program a query head: adds up the parts that touched its list. Zeros for a sequence of length 0."""
+    """One program a query head: o = sum_p 2^(m_p - m) o_p / sum_p 2^(m_p - m) l_p over the parts p of its list.
+
+    m_p, l_p and o_p are a part's largest logit, total and sum of values. Zeros for a sequence of length 0.
+    """
     row = tl.program_id(0)
     group = tl.num_programs(1)
     index = tl.arange(0, PADDED_LISTS)
@@ -235,10 +243,9 @@ def merge_parts_kernel(
     total = 0.0
     acc = tl.zeros([BLOCK_DIM], tl.float32)
     if list_end > list_start:
-        first = (((list_start + 1) * programs - 1) // blocks).to(tl.int32)  # the programs of the list's first and last
-        last = ((list_end * programs - 1) // blocks).to(
-            tl.int32
-        )  # block: part p begins at block p * blocks // programs
+        # The programs of the list's first and last block: part p begins at block p * blocks // programs.
+        first = (((list_start + 1) * programs - 1) // blocks).to(tl.int32)
+        last = ((list_end * programs - 1) // blocks).to(tl.int32)
         for program in range(first, last + 1, PARTS):
             part = program + tl.arange(0, PARTS)
             is_part = part <= last
@@ -246,6 +253,7 @@ def merge_parts_kernel(
             part_highest = tl.load(highest_ptr + place, mask=is_part, other=float("-inf"))
             part_total = tl.load(total_ptr + place, mask=is_part, other=0.0)
             mask = is_part[:, None] & in_dim[None, :]
+            # [PARTS, BLOCK_DIM]
             out = tl.load(part_ptr + place[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
             new_highest = tl.maximum(highest, tl.max(part_highest, 0))
             share = tl.exp2(part_highest - new_highest)
@@ -260,7 +268,7 @@ def merge_parts_kernel(
 
 @triton.jit
 def _list_ends(keys_ptr, lists, KEYS: tl.constexpr, PADDED_LISTS: tl.constexpr):
-    """Where each list ends in the row of all key blocks."""
+    """Where each list ends in the row of all key blocks, [PADDED_LISTS]."""
     index = tl.arange(0, PADDED_LISTS)
     keys = tl.load(keys_ptr + index, mask=index < lists, other=0)
     return tl.cumsum(tl.cdiv(keys, KEYS), 0)

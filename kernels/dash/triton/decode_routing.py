@@ -4,7 +4,8 @@ There is one token a sequence, so scores are few and may go through memory: many
 summaries once; one program a head finds its threshold, with all of the head's scores in registers; and one program a KV
 head writes the list.
 
-All launches depend on the cache's capacity, never on the lengths, which only the device knows.
+All launches depend on the cache's capacity, never on the lengths, which only the device knows. A *sequence* is a row of
+the batch; docs/internals.md has the other words.
 """
 
 import torch
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import MATRIX_ROWS, power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.dash.chunk_lists import ChunkLists
 from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.reference.stages import PBAR_MIN
 from dash_train.kernels.dash.triton.routing import threshold
-from dash_train.kernels.dash.triton.tiles import MATRIX_ROWS
 
 SUMMARIES_PER_PROGRAM = 64
 SCORE_WARPS = 4
@@ -46,7 +48,7 @@ def score_chunks(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConf
     chunks, kv_heads = summaries.shape[1:3]
     group = heads // kv_heads
     z = torch.empty(batch, kv_heads, group, chunks, device=q.device)
-    score_kernel[(triton.cdiv(chunks, SUMMARIES_PER_PROGRAM), batch * kv_heads)](
+    decode_score_kernel[(triton.cdiv(chunks, SUMMARIES_PER_PROGRAM), batch * kv_heads)](
         q,
         summaries,
         lengths,
@@ -54,14 +56,14 @@ def score_chunks(q: Tensor, summaries: Tensor, lengths: Tensor, config: DashConf
         *q.stride()[:2],
         *summaries.stride()[:3],
         chunks,
-        0.5 * config.routing_scale * head_dim**-0.5,
+        0.5 * config.score_scale(head_dim),
         KV_HEADS=kv_heads,
         GROUP=group,
-        ROWS=max(MATRIX_ROWS, triton.next_power_of_2(group)),
+        ROWS=max(MATRIX_ROWS, power_of_two(group)),
         CHUNK=config.chunk_size,
         ROUTING_BLOCK=config.routing_block,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=power_of_two(head_dim),
         BLOCK=SUMMARIES_PER_PROGRAM,
         num_warps=SCORE_WARPS,
     )
@@ -79,8 +81,8 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig, kept: ChunkLists
     )
     tau = torch.empty(batch, kv_heads, group, device=z.device)
     row_max = torch.empty_like(tau)
-    width = triton.next_power_of_2(chunks)
-    threshold_kernel[(tau.numel(),)](
+    width = power_of_two(chunks)
+    decode_threshold_kernel[(tau.numel(),)](
         z,
         lengths,
         tau,
@@ -92,7 +94,7 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig, kept: ChunkLists
         WIDTH=width,
         num_warps=min(32, max(4, width // SCORES_PER_WARP)),
     )
-    list_kernel[(batch * kv_heads,)](
+    decode_list_kernel[(batch * kv_heads,)](
         z,
         tau,
         row_max,
@@ -112,7 +114,7 @@ def list_chunks(z: Tensor, lengths: Tensor, config: DashConfig, kept: ChunkLists
 
 
 @triton.jit
-def score_kernel(
+def decode_score_kernel(
     q_ptr,
     summaries_ptr,
     lengths_ptr,
@@ -133,15 +135,17 @@ def score_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program BLOCK chunks of a KV head. A summary enters as a high and a low half, as in dash_attention."""
-    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    """One program BLOCK chunks of a KV head: z_c = scale q.ktilde_c of the whole group.
+
+    A summary enters as a high and a low half, as in dash_attention.
+    """
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
     length = tl.load(lengths_ptr + batch)
     eligible = own_chunk(length, CHUNK)
     if (tl.program_id(0) * BLOCK >= eligible) | within_block(length, ROUTING_BLOCK):
         return
 
+    # 1. Summaries and queries.
     head = tl.arange(0, ROWS)
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, BLOCK_DIM)
@@ -151,20 +155,22 @@ def score_kernel(
     summary_rows = summaries_ptr + batch * summary_batch_stride + kv_head * summary_head_stride
     summary_rows += chunk.to(tl.int64) * summary_chunk_stride
     summary = tl.load(summary_rows[:, None] + dim[None, :], mask=is_eligible[:, None] & in_dim, other=0.0)
+    # [BLOCK, BLOCK_DIM] and [ROWS, BLOCK_DIM]
     q_rows = q_ptr + batch * q_batch_stride + (kv_head * GROUP + head) * q_head_stride
     q = tl.load(q_rows[:, None] + dim[None, :], mask=is_head[:, None] & in_dim, other=0.0)
 
+    # 2. Their products.
     high = summary.to(q.dtype)
-    z = tl.dot(q, tl.trans(high), input_precision="ieee")
+    z = tl.dot(q, tl.trans(high), input_precision="ieee")  # [ROWS, BLOCK]
     if q.dtype != tl.float32:
         low = (summary - high.to(tl.float32)).to(q.dtype)
         z = tl.dot(q, tl.trans(low), z)
-    z_rows = z_ptr + (sequence * GROUP + head) * chunks
+    z_rows = z_ptr + (batch_head * GROUP + head) * chunks
     tl.store(z_rows[:, None] + chunk[None, :], z * scale, mask=is_head[:, None] & is_eligible[None, :])
 
 
 @triton.jit
-def threshold_kernel(
+def decode_threshold_kernel(
     z_ptr,
     lengths_ptr,
     tau_ptr,
@@ -175,14 +181,17 @@ def threshold_kernel(
     ROUTING_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a head, as in routing.py; nothing is written where no chunk is eligible."""
+    """One program a head: tau with sum_c max(z_c - row_max - tau, 0)^2 = 1, as in routing.py.
+
+    Nothing is written where no chunk is eligible.
+    """
     row = tl.program_id(0).to(tl.int64)  # batch * HEADS + head
     length = tl.load(lengths_ptr + row // HEADS)
     eligible = own_chunk(length, CHUNK)
     if (eligible == 0) | within_block(length, ROUTING_BLOCK):
         return
     lane = tl.arange(0, WIDTH)
-    z = tl.load(z_ptr + row * chunks + lane, mask=lane < eligible, other=float("-inf"))[None, :]
+    z = tl.load(z_ptr + row * chunks + lane, mask=lane < eligible, other=float("-inf"))[None, :]  # [1, WIDTH]
     row_max = tl.max(z, 1)
     highest = -1.0 / tl.sqrt(eligible.to(tl.float32))  # tau of equal scores
     tau, _ = threshold(z - row_max[:, None], tl.zeros([1], tl.float32) + tl.minimum(highest, -0.5), highest)
@@ -192,7 +201,7 @@ def threshold_kernel(
 
 
 @triton.jit
-def list_kernel(
+def decode_list_kernel(
     z_ptr,
     tau_ptr,
     row_max_ptr,
@@ -210,17 +219,21 @@ def list_kernel(
     WIDTH: tl.constexpr,
     NORMALIZER: tl.constexpr,
 ):
-    """One program a KV head."""
-    sequence = tl.program_id(0).to(tl.int64)  # batch * KV_HEADS + KV head
-    length = tl.load(lengths_ptr + sequence // KV_HEADS).to(tl.int32)
+    """One program a KV head: pbar_c = mean of r_c^2 over the group, the chunks with pbar_c > 0, and the normaliser."""
+    batch_head, batch, _ = batch_and_head(tl.program_id(0), KV_HEADS)
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
     eligible = own_chunk(length, CHUNK)
+
+    # 1. Within a block the list stays, and its own chunk grows.
     if within_block(length, ROUTING_BLOCK):
-        listed = tl.cdiv(tl.load(keys_ptr + sequence), CHUNK)
-        tl.store(keys_ptr + sequence, (listed - 1 - eligible) * CHUNK + length)
+        listed = tl.cdiv(tl.load(keys_ptr + batch_head), CHUNK)
+        tl.store(keys_ptr + batch_head, (listed - 1 - eligible) * CHUNK + length)
         return
+
+    # 2. The routed chunks, WIDTH candidates at a time.
     lane = tl.arange(0, WIDTH)
-    chunks_ptr += sequence * chunks
-    log_pbar_ptr += sequence * chunks
+    chunks_ptr += batch_head * chunks
+    log_pbar_ptr += batch_head * chunks
     routed = 0
     log_sum = tl.zeros([WIDTH], tl.float32)
     log_max = tl.full([WIDTH], float("-inf"), tl.float32)
@@ -228,11 +241,11 @@ def list_kernel(
         is_eligible = block + lane < eligible
         pbar = tl.zeros([WIDTH], tl.float32)
         for g in tl.static_range(GROUP):
-            row = sequence * GROUP + g
+            row = batch_head * GROUP + g
             z = tl.load(z_ptr + row * chunks + block + lane, mask=is_eligible, other=float("-inf"))
             root = tl.maximum(z - tl.load(row_max_ptr + row) - tl.load(tau_ptr + row), 0.0)
             pbar += root * root
-        pbar /= GROUP
+        pbar /= GROUP  # [WIDTH]
         log_pbar = tl.log(tl.maximum(pbar, pbar_min))
         is_routed = pbar > 0
         place = routed + tl.cumsum(is_routed.to(tl.int32), 0) - 1
@@ -242,15 +255,16 @@ def list_kernel(
         log_sum += tl.where(is_routed, log_pbar, 0.0)
         log_max = tl.maximum(log_max, tl.where(is_routed, log_pbar, float("-inf")))
 
+    # 3. The normaliser, and the own chunk, whose prior is 0.
     normalizer = 0.0
     if NORMALIZER == "geometric_mean":
         normalizer = tl.sum(log_sum, 0) / tl.maximum(routed, 1)
     elif NORMALIZER == "peak":
         normalizer = tl.where(routed > 0, tl.max(log_max, 0), 0.0)
-    tl.store(normalizer_ptr + sequence, normalizer)
+    tl.store(normalizer_ptr + batch_head, normalizer)
     tl.store(chunks_ptr + routed, eligible)
     tl.store(log_pbar_ptr + routed, normalizer)
-    tl.store(keys_ptr + sequence, (routed - eligible) * CHUNK + length)
+    tl.store(keys_ptr + batch_head, (routed - eligible) * CHUNK + length)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from dash_train.kernels.dash.config import DashConfig
 from dash_train.kernels.dash.triton.attend import attend_segment
 from dash_train.kernels.dash.triton.lists import Prior, list_segment, new_prior
 from dash_train.kernels.dash.triton.restore import Kept
-from dash_train.kernels.dash.triton.routing import Routing, new_routing, route_segment
+from dash_train.kernels.dash.triton.routing import RoutingResults, new_routing, route_segment
 from dash_train.kernels.dash.triton.summaries import summarize_chunks
 from dash_train.kernels.dash.triton.tiles import new_lists, shape_of
 
@@ -19,7 +19,7 @@ class Forward(NamedTuple):
 
     out: Tensor  # [batch, q_len, heads, head_dim], in q's type
     lse: Tensor  # [batch, kv_heads, q_len, group] fp32: natural log of stage 2's denominator, log-prior included
-    routing: Routing
+    routing: RoutingResults
     prior: Prior
     summaries: tuple[Tensor, Tensor]  # of summarize_chunks
 
@@ -41,7 +41,7 @@ def dash_forward(
     document_starts: Tensor,
     query_starts: tuple[int, ...],
 ) -> Forward:
-    """All stages. q, k and v as the copy engine wants them; router_q None: q."""
+    """All stages. q, k and v as TMA takes them; router_q None: q."""
     shape = shape_of(q, k, config.chunk_size, config.routing_block)
     routed_q = q if router_q is None else router_q
     summaries, parts = summarize_chunks(k, chunk_query, config.chunk_size)

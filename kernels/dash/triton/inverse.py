@@ -3,7 +3,7 @@
 Every (chunk, list) pair is looked up by bisection, since lists ascend. Where several routing blocks share a list, and
 at most half of them are routed to the chunk, these are named one by one; else the list is named as a whole. That needs
 neither a sort nor atomics nor a matrix of all pairs, and gives the tokens in order, so sums over them are the same bits
-every time.
+every time. docs/internals.md has the words: list, entry, segment, inverse list.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
-from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape, power_of_two
+from dash_train.kernels.common.numbers import power_of_two
+from dash_train.kernels.common.search import first_at_least
+from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape
 
 
 class Inverse(NamedTuple):
@@ -42,15 +44,12 @@ def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) 
     launch(
         invert_kernel,
         (segment.chunks, size[0]),
-        *lists,
+        lists,
         lengths,
-        *inverse,
-        lengths.shape[2],
-        segment.position // shape.chunk_size,
-        segment.list,
-        segment_lists,
-        segment.chunks,
+        inverse,
+        segment,
         segment.chunks.bit_length(),
+        CHUNK=shape.chunk_size,
         CHUNK_LISTS=shape.chunk_size // shape.list_tokens,
         BLOCKS=shape.list_blocks,
         WIDTH=min(max(64, 1024 // shape.list_blocks), power_of_two(segment_lists)),
@@ -61,67 +60,61 @@ def invert_lists(shape: Shape, segment: Segment, lists: Lists, lengths: Tensor) 
 
 @triton.jit
 def invert_kernel(
-    chunks_ptr,
-    prior_ptr,
-    lengths_ptr,
-    entries_ptr,
-    blocks_ptr,
-    priors_ptr,
-    entry_counts_ptr,
-    block_counts_ptr,
-    row_lists,
-    first_chunk,
-    first_list,
     lists,
-    capacity,
+    lengths_ptr,
+    inverse,
+    segment,
     steps,
+    CHUNK: tl.constexpr,
     CHUNK_LISTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a chunk: only lists of later chunks can name it."""
+    """One program a chunk: the lists l with c in l, or the routing blocks j with c in R(j), both ascending.
+
+    Only lists of later chunks can name it.
+    """
     chunk = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    owner = sequence * capacity + chunk
-    chunks_ptr += sequence * lists * capacity
-    prior_ptr += sequence * lists * capacity * BLOCKS
-    lengths_ptr += sequence * row_lists + first_list
-    entries_ptr += owner * lists
-    blocks_ptr += owner * lists * (BLOCKS // 2)
-    priors_ptr += owner * lists * (BLOCKS // 2)
+    batch_head = tl.program_id(1).to(tl.int64)
+    segment_lists = tl.cdiv(segment.tokens, CHUNK // CHUNK_LISTS)
+    owner = batch_head * segment.chunks + chunk
+    chunks_ptr = lists.chunks + batch_head * segment_lists * segment.chunks
+    prior_ptr = lists.prior + batch_head * segment_lists * segment.chunks * BLOCKS
+    lengths_ptr += batch_head * segment.row_lists + segment.list
+    entries_ptr = inverse.entries + owner * segment_lists
+    blocks_ptr = inverse.blocks + owner * segment_lists * (BLOCKS // 2)
+    priors_ptr = inverse.priors + owner * segment_lists * (BLOCKS // 2)
     in_list = tl.arange(0, BLOCKS)[None, :]
 
     entry_count = 0
     block_count = 0
-    for start in range(tl.maximum(chunk + 1 - first_chunk, 0) * CHUNK_LISTS, lists, WIDTH):
+    for start in range(tl.maximum(chunk + 1 - segment.position // CHUNK, 0) * CHUNK_LISTS, segment_lists, WIDTH):
+        # 1. The chunk's place in WIDTH lists.
         own_list = start + tl.arange(0, WIDTH)
-        length = tl.load(lengths_ptr + own_list, mask=own_list < lists, other=0)
-        own_chunks = chunks_ptr + own_list.to(tl.int64) * capacity
-        low = tl.zeros([WIDTH], tl.int32)
-        high = length
-        for _ in range(steps):
-            middle = (low + high) // 2
-            is_open = low < high
-            is_before = tl.load(own_chunks + middle, mask=is_open, other=0) < chunk
-            low = tl.where(is_open & is_before, middle + 1, low)
-            high = tl.where(is_open & (is_before == 0), middle, high)
-        is_whole = tl.load(own_chunks + low, mask=low < length, other=-1) == chunk
-        entry = own_list * capacity + low
+        length = tl.load(lengths_ptr + own_list, mask=own_list < segment_lists, other=0)
+        own_chunks = chunks_ptr + own_list.to(tl.int64) * segment.chunks
+        place = first_at_least(own_chunks, length, chunk, steps)
+        is_whole = tl.load(own_chunks + place, mask=place < length, other=-1) == chunk
+        entry = own_list * segment.chunks + place  # [WIDTH]
+
+        # 2. Of lists at most half of whose blocks are routed to the chunk, these blocks.
         if BLOCKS > 1:
             prior_place = prior_ptr + (entry.to(tl.int64) * BLOCKS)[:, None] + in_list
-            prior = tl.load(prior_place, mask=is_whole[:, None], other=float("-inf"))
+            prior = tl.load(prior_place, mask=is_whole[:, None], other=float("-inf"))  # [WIDTH, BLOCKS]
             routed = (prior > float("-inf")).to(tl.int32)
             routed_blocks = tl.sum(routed, 1)
             is_whole = routed_blocks > BLOCKS // 2
             singles = tl.where(is_whole, 0, routed_blocks)
             before = block_count + tl.cumsum(singles, 0) - singles
-            place = before[:, None] + tl.cumsum(routed, 1) - routed
+            single_place = before[:, None] + tl.cumsum(routed, 1) - routed
             is_single = (routed > 0) & (is_whole == 0)[:, None]
-            tl.store(blocks_ptr + place, (own_list * BLOCKS)[:, None] + in_list, mask=is_single)
-            tl.store(priors_ptr + place, prior, mask=is_single)
+            tl.store(blocks_ptr + single_place, (own_list * BLOCKS)[:, None] + in_list, mask=is_single)
+            tl.store(priors_ptr + single_place, prior, mask=is_single)
             block_count += tl.sum(singles, 0)
+
+        # 3. The others as a whole.
         whole = is_whole.to(tl.int32)
         tl.store(entries_ptr + entry_count + tl.cumsum(whole, 0) - 1, entry, mask=is_whole)
         entry_count += tl.sum(whole, 0)
-    tl.store(entry_counts_ptr + owner, entry_count)
-    tl.store(block_counts_ptr + owner, block_count)
+    tl.store(inverse.entry_counts + owner, entry_count)
+    tl.store(inverse.block_counts + owner, block_count)

@@ -4,7 +4,8 @@ A step is a tile's rows: those of a tile most of which is routed to the chunk, o
 one by one, gathered from wherever they stand. So few rows are spent on tokens that are not routed to the chunk,
 whatever their neighbours do.
 
-The steps of all chunks are cut into pieces of about equal work (pieces.py).
+The steps of all chunks are cut into pieces of about equal work (pieces.py). docs/internals.md has the words: tile,
+list, entry, inverse list, piece, slot.
 """
 
 from typing import Any, NamedTuple
@@ -15,18 +16,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dash_train.kernels.common.launch import launch
+from dash_train.kernels.common.numbers import LOG2_E
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.dash.triton.inverse import Inverse
-from dash_train.kernels.dash.triton.lists import LOG2_E
 from dash_train.kernels.dash.triton.pieces import add_slots, cut, new_slots
 from dash_train.kernels.dash.triton.rows import keys_in_product, product_precision, tile_rows
-from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape
+from dash_train.kernels.dash.triton.tiles import Lists, Segment, Shape, Strides, strides_of
 
 
 class Inputs(NamedTuple):
     """What both kernels read of every segment."""
 
     tensors: tuple[Any, ...]  # tiles of q and dout, k, v, lse, delta
-    strides: tuple[int, ...]
+    strides: tuple[Strides, Strides]  # of k and v
     constants: dict[str, Any]
 
 
@@ -50,7 +52,7 @@ def keys_backward_inputs(
         "STAGES": 2 if block_dim * q.element_size() <= 256 else 1,
         "num_warps": 4 if block_dim <= 128 else 8,
     }
-    return Inputs((*tiles, k, v, lse, delta), (*k.stride()[:3], *v.stride()[:3]), constants)
+    return Inputs((*tiles, k, v, lse, delta), (strides_of(k), strides_of(v)), constants)
 
 
 def own_keys_segment(inputs: Inputs, shape: Shape, segment: Segment, dk: Tensor, dv: Tensor) -> None:
@@ -65,7 +67,9 @@ def own_keys_segment(inputs: Inputs, shape: Shape, segment: Segment, dk: Tensor,
         dk,
         dv,
         *inputs.strides,
-        *_sizes(shape, segment),
+        segment,
+        shape.head_dim**-0.5,
+        LOG2_E,
         **inputs.constants,
     )
 
@@ -96,20 +100,18 @@ def listed_keys_segment(
             dv,
             q,
             dout,
-            lists.prior,
-            inverse.entries,
-            inverse.blocks,
-            inverse.priors,
+            lists,
+            inverse,
             counts,
-            *pieces,
+            pieces,
             partial,
             len(pieces.owners),
             len(pieces.slots),
-            shape.lists(segment.tokens),
-            segment.chunks,
-            *q.stride()[:3],
+            strides_of(q),
             *inputs.strides,
-            *_sizes(shape, segment),
+            segment,
+            shape.head_dim**-0.5,
+            LOG2_E,
             ROUTING_BLOCK=shape.routing_block,
             BLOCKS=shape.list_blocks,
             TILES=shape.list_tiles,
@@ -117,10 +119,6 @@ def listed_keys_segment(
             **inputs.constants | {"STAGES": _stages(unit, shape, q)},
         )
         add_slots(pieces, partial, dk, dv, shape, segment)
-
-
-def _sizes(shape: Shape, segment: Segment) -> tuple[float, ...]:
-    return (shape.q_len, shape.seq, *segment[:3], shape.head_dim**-0.5, LOG2_E)
 
 
 def _stages(unit: int, shape: Shape, q: Tensor) -> int:
@@ -143,17 +141,9 @@ def own_keys_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
-    v_batch_stride,
-    v_token_stride,
-    v_head_stride,
-    q_len,
-    seq,
-    first_row,
-    first_position,
-    tokens,
+    k_strides,
+    v_strides,
+    segment,
     scale,
     log2_e,
     KV_HEADS: tl.constexpr,
@@ -167,33 +157,38 @@ def own_keys_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program KEYS keys of a chunk in the segment, over the chunk's own tokens: causal, no prior."""
-    chunk = first_position // CHUNK + tl.program_id(0)
-    sequence = tl.program_id(2).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    """One program KEYS keys of a chunk in the segment, over the chunk's own tokens: dv = P^T dO, dk = a dS^T q.
+
+    Causal, no prior.
+    """
+    chunk = segment.position // CHUNK + tl.program_id(0)
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(2), KV_HEADS)
+
+    # 1. The keys.
     key = chunk * CHUNK + tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    k_ptr += batch * k_batch_stride + kv_head * k_head_stride
-    v_ptr += batch * v_batch_stride + kv_head * v_head_stride
-    k = _load_keys(k_ptr, key, k_token_stride, seq, HEAD_DIM, BLOCK_DIM)
-    v = _load_keys(v_ptr, key, v_token_stride, seq, HEAD_DIM, BLOCK_DIM)
+    k_ptr += batch * k_strides.batch + kv_head * k_strides.head
+    v_ptr += batch * v_strides.batch + kv_head * v_strides.head
+    k = _load_keys(k_ptr, key, k_strides.token, segment.seq, HEAD_DIM, BLOCK_DIM)  # [KEYS, BLOCK_DIM]
+    v = _load_keys(v_ptr, key, v_strides.token, segment.seq, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
+
+    # 2. Tile by tile.
     first = tl.program_id(0) * (CHUNK // TILE)
-    for tile in tl.range(first, tl.minimum(first + CHUNK // TILE, tl.cdiv(tokens, TILE)), num_stages=STAGES):
-        token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-        is_seen = key[:, None] <= (first_position + token)[None, :]
-        per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
+    for tile in tl.range(first, tl.minimum(first + CHUNK // TILE, tl.cdiv(segment.tokens, TILE)), num_stages=STAGES):
+        token, head, is_real = tile_rows(tile, segment.tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+        is_seen = key[:, None] <= (segment.position + token)[None, :]  # [KEYS, ROWS]
+        per_row = (batch_head * segment.q_len + segment.row + token) * GROUP + head - kv_head * GROUP
         lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
         delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
-        place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
-        q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+        place = [batch.to(tl.int32), segment.row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
+        q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)  # [ROWS, BLOCK_DIM]
         dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
         shift = tl.where(is_seen, -lse[None, :], float("-inf"))
         dk, dv = _add_tile(dk, dv, q, k, v, dout, shift, delta, scale * log2_e, PRECISION)
     dim = tl.arange(0, BLOCK_DIM)
-    mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = (sequence * seq + key)[:, None] * HEAD_DIM + dim[None, :]
+    mask = (key < segment.seq)[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = (batch_head * segment.seq + key)[:, None] * HEAD_DIM + dim[None, :]
     tl.store(dk_ptr + offset, dk * scale, mask=mask)
     tl.store(dv_ptr + offset, dv, mask=mask)
 
@@ -210,34 +205,17 @@ def listed_keys_kernel(
     dv_ptr,
     q_ptr,
     dout_ptr,
-    prior_ptr,
-    entries_ptr,
-    blocks_ptr,
-    priors_ptr,
+    lists,
+    inverse,
     counts_ptr,
-    length_ptr,
-    slots_ptr,
-    slots_end_ptr,
-    owners_ptr,
+    pieces,
     partial_ptr,
     slots,
     owners,
-    lists,
-    capacity,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
-    v_batch_stride,
-    v_token_stride,
-    v_head_stride,
-    q_len,
-    seq,
-    first_row,
-    first_position,
-    tokens,
+    q_strides,
+    k_strides,
+    v_strides,
+    segment,
     scale,
     log2_e,
     ROUTING_BLOCK: tl.constexpr,
@@ -255,75 +233,82 @@ def listed_keys_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a piece and KEYS keys: the pieces that go to slots, then every chunk's first.
+    """One program a piece and KEYS keys: adds dv = P^T dO and dk = a dS^T q of the piece's tokens.
 
-    A unit is a list as a whole, or with UNIT > 1 so many routing blocks named singly.
+    The pieces that go to slots come first, then every chunk's first piece. A unit of a piece is a list as a whole, or
+    with UNIT > 1 so many routing blocks named singly.
     """
+    # 1. The piece: units begin .. end - 1 of the chunk `owner`.
     slot = tl.program_id(0)
-    length = tl.load(length_ptr)
+    length = tl.load(pieces.length)
     owner = slot - slots
     piece = 0
     if slot < slots:
-        owner = tl.load(owners_ptr + slot)
+        owner = tl.load(pieces.owners + slot)
         if owner == owners:
             return
-        piece = slot - tl.load(slots_end_ptr + owner) + tl.load(slots_ptr + owner) + 1
+        piece = slot - tl.load(pieces.slots_end + owner) + tl.load(pieces.slots + owner) + 1
     begin = piece * length
     count = tl.load(counts_ptr + owner)
     end = tl.minimum(begin + length, tl.cdiv(count, UNIT))
     if begin >= end:
         return
-    sequence = (owner // capacity).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    batch_head, batch, kv_head = batch_and_head(owner // segment.chunks, KV_HEADS)
+    segment_lists = tl.cdiv(segment.tokens, TILE * TILES)
+
+    # 2. The keys.
     in_chunk = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    key = (owner % capacity) * CHUNK + in_chunk
-    k_ptr += batch * k_batch_stride + kv_head * k_head_stride
-    v_ptr += batch * v_batch_stride + kv_head * v_head_stride
-    k = _load_keys(k_ptr, key, k_token_stride, seq, HEAD_DIM, BLOCK_DIM)
-    v = _load_keys(v_ptr, key, v_token_stride, seq, HEAD_DIM, BLOCK_DIM)
+    key = (owner % segment.chunks) * CHUNK + in_chunk
+    k_ptr += batch * k_strides.batch + kv_head * k_strides.head
+    v_ptr += batch * v_strides.batch + kv_head * v_strides.head
+    k = _load_keys(k_ptr, key, k_strides.token, segment.seq, HEAD_DIM, BLOCK_DIM)  # [KEYS, BLOCK_DIM]
+    v = _load_keys(v_ptr, key, v_strides.token, segment.seq, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DIM], tl.float32)
     row = tl.arange(0, TILE * PADDED_GROUP)
+
+    # 3. The tiles of lists, or as many rows of single blocks.
     if UNIT == 1:
-        entries_ptr += owner.to(tl.int64) * lists
-        prior_ptr += sequence * lists * capacity * BLOCKS
+        entries_ptr = inverse.entries + owner.to(tl.int64) * segment_lists
+        prior_ptr = lists.prior + batch_head * segment_lists * segment.chunks * BLOCKS
         if BLOCKS > 1:
             prior_ptr += row // (ROUTING_BLOCK * PADDED_GROUP)
         for step in tl.range(begin * TILES, end * TILES, num_stages=STAGES):
             entry = tl.load(entries_ptr + step // TILES)
-            tile = entry // capacity * TILES + step % TILES
-            prior = tl.load(prior_ptr + entry.to(tl.int64) * BLOCKS)  # one, or one a row
-            token, head, is_real = tile_rows(tile, tokens, kv_head, GROUP, PADDED_GROUP, TILE)
-            per_row = (sequence * q_len + first_row + token) * GROUP + head - kv_head * GROUP
+            tile = entry // segment.chunks * TILES + step % TILES
+            prior = tl.load(prior_ptr + entry.to(tl.int64) * BLOCKS)  # one, or [ROWS]
+            token, head, is_real = tile_rows(tile, segment.tokens, kv_head, GROUP, PADDED_GROUP, TILE)
+            per_row = (batch_head * segment.q_len + segment.row + token) * GROUP + head - kv_head * GROUP
             lse = tl.load(lse_ptr + per_row, mask=is_real, other=float("inf")) * log2_e
             delta = tl.load(delta_ptr + per_row, mask=is_real, other=0.0)
-            place = [batch.to(tl.int32), first_row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
-            q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
+            place = [batch.to(tl.int32), segment.row + tile * TILE, kv_head.to(tl.int32) * GROUP, 0]
+            q = q_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)  # [ROWS, BLOCK_DIM]
             dout = dout_tiles.load(place).reshape(TILE * PADDED_GROUP, BLOCK_DIM)
             dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
     else:
-        singles_start = owner.to(tl.int64) * lists * (BLOCKS // 2)
+        singles_start = owner.to(tl.int64) * segment_lists * (BLOCKS // 2)
         dim = tl.arange(0, BLOCK_DIM)
         in_dim = (dim < HEAD_DIM)[None, :]
         head = kv_head * GROUP + row % PADDED_GROUP
-        lse_ptr += (sequence * q_len + first_row) * GROUP + row % PADDED_GROUP
-        delta_ptr += (sequence * q_len + first_row) * GROUP + row % PADDED_GROUP
-        q_ptr += batch * q_batch_stride + head[:, None] * q_head_stride + dim[None, :]
-        dout_ptr += (batch * q_len * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+        lse_ptr += (batch_head * segment.q_len + segment.row) * GROUP + row % PADDED_GROUP
+        delta_ptr += (batch_head * segment.q_len + segment.row) * GROUP + row % PADDED_GROUP
+        q_ptr += batch * q_strides.batch + head[:, None] * q_strides.head + dim[None, :]
+        dout_ptr += (batch * segment.q_len * KV_HEADS * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
         for step in tl.range(begin, end, num_stages=STAGES):
-            single = step * UNIT + row // (ROUTING_BLOCK * PADDED_GROUP)
-            block = tl.load(blocks_ptr + singles_start + single, mask=single < count, other=0)
-            prior = tl.load(priors_ptr + singles_start + single, mask=single < count, other=float("-inf"))
+            single = step * UNIT + row // (ROUTING_BLOCK * PADDED_GROUP)  # [ROWS]
+            block = tl.load(inverse.blocks + singles_start + single, mask=single < count, other=0)
+            prior = tl.load(inverse.priors + singles_start + single, mask=single < count, other=float("-inf"))
             token = block * ROUTING_BLOCK + row // PADDED_GROUP % ROUTING_BLOCK
-            is_real = (single < count) & (token < tokens) & (row % PADDED_GROUP < GROUP)
+            is_real = (single < count) & (token < segment.tokens) & (row % PADDED_GROUP < GROUP)
             lse = tl.load(lse_ptr + token * GROUP, mask=is_real, other=float("inf")) * log2_e
             delta = tl.load(delta_ptr + token * GROUP, mask=is_real, other=0.0)
-            token_row = (first_row + token).to(tl.int64)[:, None]
+            token_row = (segment.row + token).to(tl.int64)[:, None]
             mask = is_real[:, None] & in_dim
-            q = tl.load(q_ptr + token_row * q_token_stride, mask=mask, other=0.0)
+            q = tl.load(q_ptr + token_row * q_strides.token, mask=mask, other=0.0)  # [ROWS, BLOCK_DIM]
             dout = tl.load(dout_ptr + token_row * (KV_HEADS * GROUP * HEAD_DIM), mask=mask, other=0.0)
             dk, dv = _add_tile(dk, dv, q, k, v, dout, (prior - lse)[None, :], delta, scale * log2_e, PRECISION)
+
+    # 4. To the piece's slot, or to the gradients.
     dk *= scale
     if slot < slots:
         dim = tl.arange(0, BLOCK_DIM)
@@ -332,13 +317,13 @@ def listed_keys_kernel(
         tl.store(partial_ptr + offset, dk, mask=in_dim)
         tl.store(partial_ptr + CHUNK * HEAD_DIM + offset, dv, mask=in_dim)
     else:
-        _add_to(dk_ptr, dk, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
-        _add_to(dv_ptr, dv, sequence, key, seq, HEAD_DIM, BLOCK_DIM)
+        _add_to(dk_ptr, dk, batch_head, key, segment.seq, HEAD_DIM, BLOCK_DIM)
+        _add_to(dv_ptr, dv, batch_head, key, segment.seq, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit
 def _load_keys(rows, key, stride, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Through registers into shared memory; what the copy engine brings would stay in registers, which are scarce."""
+    """[KEYS, BLOCK_DIM], through registers into shared memory: what TMA brings would stay in registers."""
     dim = tl.arange(0, BLOCK_DIM)
     mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
     return tl.load(rows + key.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0.0)
@@ -346,7 +331,11 @@ def _load_keys(rows, key, stride, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.con
 
 @triton.jit
 def _add_tile(dk, dv, q, k, v, dout, shift, delta, logit_scale, PRECISION: tl.constexpr):
-    """dk / scale and dv with one tile's share added. shift [KEYS or 1, rows]: log2(e) (log-prior - lse)."""
+    """dk / scale and dv [KEYS, BLOCK_DIM] with the share of ROWS rows added.
+
+    q, dout [ROWS, BLOCK_DIM]; delta [ROWS]; shift [KEYS or 1, ROWS]: log2(e) (log-prior - lse).
+    """
+    # [KEYS, ROWS]
     weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * logit_scale + shift)
     dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dlogits = weights * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
@@ -355,8 +344,9 @@ def _add_tile(dk, dv, q, k, v, dout, shift, delta, logit_scale, PRECISION: tl.co
 
 
 @triton.jit
-def _add_to(total_ptr, share, sequence, key, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def _add_to(total_ptr, share, batch_head, key, seq, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Adds a share [KEYS, BLOCK_DIM] to rows of dk or dv, in place."""
     dim = tl.arange(0, BLOCK_DIM)
     mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
-    total_ptr += (sequence * seq + key)[:, None] * HEAD_DIM + dim[None, :]
+    total_ptr += (batch_head * seq + key)[:, None] * HEAD_DIM + dim[None, :]
     tl.store(total_ptr, tl.load(total_ptr, mask=mask) + share, mask=mask)

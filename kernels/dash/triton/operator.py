@@ -37,7 +37,7 @@ def dash_attention_triton(
 
     Arguments as in dash_attention, checked; document_starts [batch or 1, seq].
     """
-    out, _, *kept, active_chunks, residual = forward_operator(
+    out, _, *kept, active_chunks, residual = call_forward(
         q, k, v, chunk_query, router_q, document_starts, query_starts, *config
     )
     tau, row_max, normalizer, lengths = kept[:4]
@@ -79,13 +79,13 @@ def forward_operator(
     routing_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dash_forward: out, lse, the seven of Kept, active_chunks, residual. `out` has a gradient."""
-    q, k, v = (_for_the_copy_engine(t) for t in (q, k, v))
+    q, k, v = (aligned_for_tma(t) for t in (q, k, v))
     router_q = None if router_q is None else router_q.contiguous()
     config = DashConfig(chunk_size, routing_scale, prior_normalizer, prior_temperature, routing_block)
-    forward = dash_forward(
+    result = dash_forward(
         q, k, v, chunk_query, router_q, config=config, document_starts=document_starts, query_starts=tuple(query_starts)
     )
-    return forward.out, forward.lse, *forward.kept, forward.prior.active_chunks, forward.routing.residual
+    return result.out, result.lse, *result.kept, result.prior.active_chunks, result.routing.residual
 
 
 @operator("dash_attention_backward")
@@ -113,7 +113,7 @@ def backward_operator(
     routing_block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dash_backward: the gradients of q, k, v, chunk_query and router_q, the last empty where there is none."""
-    dout, q, k, v = (_for_the_copy_engine(t) for t in (dout.contiguous(), q, k, v))
+    dout, q, k, v = (aligned_for_tma(t) for t in (dout.contiguous(), q, k, v))
     router_q = None if router_q is None else router_q.contiguous()
     dq, dk, dv, dchunk_query, drouter_q = dash_backward(
         dout,
@@ -186,7 +186,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dout: Tensor, *others: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    *gradients, drouter_q = backward_operator(dout, *saved, *ctx.options)
+    *gradients, drouter_q = call_backward(dout, *saved, *ctx.options)
     return *gradients, None if saved[4] is None else drouter_q, *[None] * (1 + len(ctx.options))
 
 
@@ -197,12 +197,12 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
-differentiate(forward_operator, _save, _backward)
-differentiate(backward_operator, lambda ctx, inputs, output: None, _no_second_derivative)
+call_forward = differentiate(forward_operator, _save, _backward)
+call_backward = differentiate(backward_operator, lambda ctx, inputs, output: None, _no_second_derivative)
 
 
-def _for_the_copy_engine(t: Tensor) -> Tensor:
-    """As it is if head vectors are contiguous and every one starts on a multiple of 16 bytes, else a copy."""
+def aligned_for_tma(t: Tensor) -> Tensor:
+    """The tensor as TMA takes it, head vectors contiguous from multiples of 16 bytes on: itself, or a copy."""
     strides_in_bytes = [stride * t.element_size() for stride in t.stride()[:-1]]
     if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides_in_bytes):
         return t

@@ -2,6 +2,7 @@
 
 A chunk to which everyone attends shall not keep one program busy alone. A chunk's first piece adds to the result; the
 others go to slots of a fixed number, and are added afterwards, in order: no atomics, the same bits every time.
+docs/internals.md has the words: piece, slot, list.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
+from dash_train.kernels.common.search import first_at_least
 from dash_train.kernels.dash.triton.tiles import Segment, Shape
 
 SLOTS = 1024  # 64 MiB at chunk_size 64 and head_dim 128
@@ -19,13 +21,13 @@ MIN_PIECE = 64  # tiles
 
 
 class Pieces(NamedTuple):
-    """How inverse lists are cut. A chunk's number counts all sequences: sequence * segment.chunks + chunk.
+    """How inverse lists are cut. A chunk's number counts all KV heads: batch_head * segment.chunks + chunk.
 
     Their unit is a list, or as many routing blocks as a list has.
     """
 
     length: Tensor  # scalar int32: units in a piece
-    slots: Tensor  # [chunks of all sequences] int32: how many slots each takes
+    slots: Tensor  # [chunks of all KV heads] int32: how many slots each takes
     slots_end: Tensor  # the same size: the slots of all chunks up to this one
     owners: Tensor  # [slots] int32: the chunk whose piece goes there, or their number where none does
 
@@ -46,7 +48,7 @@ def cut(counts: Tensor, unit: int, shape: Shape) -> Pieces:
         cut_kernel,
         (1,),
         counts,
-        *pieces,
+        pieces,
         chunks,
         chunks.bit_length(),
         MIN_PIECE=max(1, MIN_PIECE // shape.list_tiles),
@@ -67,13 +69,11 @@ def add_slots(pieces: Pieces, partial: Tensor, dk: Tensor, dv: Tensor, shape: Sh
     launch(
         add_slots_kernel,
         (len(pieces.slots), shape.chunk_size // 16),
-        pieces.slots,
-        pieces.slots_end,
+        pieces,
         dk,
         dv,
         partial,
-        shape.seq,
-        segment.chunks,
+        segment,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=shape.block_dim,
@@ -83,70 +83,66 @@ def add_slots(pieces: Pieces, partial: Tensor, dk: Tensor, dv: Tensor, shape: Sh
 @triton.jit
 def cut_kernel(
     counts_ptr,
-    length_ptr,
-    slots_ptr,
-    slots_end_ptr,
-    owners_ptr,
+    pieces,
     chunks,
     steps,
     MIN_PIECE: tl.constexpr,
     UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """One program: the length of a piece, the slots of each chunk, and by bisection the chunk of each slot."""
+    """One program: length = max(all units / SLOTS, MIN_PIECE); each chunk's pieces but the first get slots."""
     lane = tl.arange(0, SLOTS)
+
+    # 1. The length of a piece.
     total = 0
     for block in range(0, chunks, SLOTS):
         count = tl.load(counts_ptr + block + lane, mask=block + lane < chunks, other=0)
         total += tl.sum(tl.cdiv(count, UNIT), 0)
     length = tl.maximum(tl.cdiv(total, SLOTS), MIN_PIECE)
-    tl.store(length_ptr, length)
+    tl.store(pieces.length, length)
+
+    # 2. The slots of each chunk, one after the other.
     end = 0
     for block in range(0, chunks, SLOTS):
         in_chunks = block + lane < chunks
         count = tl.load(counts_ptr + block + lane, mask=in_chunks, other=0)
         slots = tl.maximum(tl.cdiv(count, UNIT) - 1, 0) // length
-        tl.store(slots_ptr + block + lane, slots, mask=in_chunks)
-        tl.store(slots_end_ptr + block + lane, end + tl.cumsum(slots, 0), mask=in_chunks)
+        tl.store(pieces.slots + block + lane, slots, mask=in_chunks)
+        tl.store(pieces.slots_end + block + lane, end + tl.cumsum(slots, 0), mask=in_chunks)
         end += tl.sum(slots, 0)
     tl.debug_barrier()  # every thread reads what all have written
-    low = tl.zeros([SLOTS], tl.int32)
-    high = low + chunks
-    for _ in range(steps):
-        middle = (low + high) // 2
-        is_open = low < high
-        is_before = tl.load(slots_end_ptr + middle, mask=is_open, other=0) <= lane
-        low = tl.where(is_open & is_before, middle + 1, low)
-        high = tl.where(is_open & (is_before == 0), middle, high)
-    tl.store(owners_ptr + lane, low)
+
+    # 3. The chunk of each slot.
+    tl.store(
+        pieces.owners + lane, first_at_least(pieces.slots_end, tl.zeros([SLOTS], tl.int32) + chunks, lane + 1, steps)
+    )
 
 
 @triton.jit
 def add_slots_kernel(
-    slots_ptr,
-    slots_end_ptr,
+    pieces,
     dk_ptr,
     dv_ptr,
     partial_ptr,
-    seq,
-    capacity,
+    segment,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """One program 16 keys of a chunk."""
+    """One program 16 keys of a chunk: dk and dv plus the sums in the chunk's slots, in order."""
     owner = tl.program_id(0)
-    slots = tl.load(slots_ptr + owner)
+    slots = tl.load(pieces.slots + owner)
     if slots == 0:
         return
     in_chunk = tl.program_id(1) * 16 + tl.arange(0, 16)
-    key = (owner % capacity) * CHUNK + in_chunk
+    key = (owner % segment.chunks) * CHUNK + in_chunk
     dim = tl.arange(0, BLOCK_DIM)
-    mask = (key < seq)[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = ((owner // capacity).to(tl.int64) * seq + key)[:, None] * HEAD_DIM + dim[None, :]
+    mask = (key < segment.seq)[:, None] & (dim < HEAD_DIM)[None, :]
+    # [16, BLOCK_DIM] each.
+    offset = ((owner // segment.chunks).to(tl.int64) * segment.seq + key)[:, None] * HEAD_DIM + dim[None, :]
     dk = tl.load(dk_ptr + offset, mask=mask)
     dv = tl.load(dv_ptr + offset, mask=mask)
-    end = tl.load(slots_end_ptr + owner)
+    end = tl.load(pieces.slots_end + owner)
     for slot in range(end - slots, end):
         part = partial_ptr + (slot * 2 * CHUNK + in_chunk).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
         dk += tl.load(part, mask=mask)

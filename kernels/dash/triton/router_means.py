@@ -9,14 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
+from dash_train.kernels.common.numbers import power_of_two
 from dash_train.kernels.common.operators import differentiate, operator
-from dash_train.kernels.dash.triton.tiles import power_of_two
 
 MAX_WIDTH = 2048  # numbers of a token, all heads, that a program works on
 
 
 @operator("router_means")
-def router_means(
+def means_operator(
     q: Tensor, before: Tensor | None, document_starts: Tensor, query_starts: Sequence[int], block: int, window: int
 ) -> Tensor:
     """router_queries of checked arguments; document_starts [batch or 1, seq].
@@ -54,7 +54,7 @@ def router_means(
 
 
 @operator("router_means_backward")
-def router_means_backward(
+def means_backward_operator(
     dout: Tensor,
     has_before: bool,
     document_starts: Tensor,
@@ -104,14 +104,14 @@ def _sizes(numbers: int) -> dict[str, int]:
     return {"WIDTH": width, "num_warps": max(1, min(4, width // 256))}
 
 
-@torch.library.register_fake(router_means)
+@torch.library.register_fake(means_operator)
 def _(
     q: Tensor, before: Tensor | None, document_starts: Tensor, query_starts: Sequence[int], block: int, window: int
 ) -> Tensor:
     return q.new_empty(q.shape[0], -(-q.shape[1] // block), *q.shape[2:])
 
 
-@torch.library.register_fake(router_means_backward)
+@torch.library.register_fake(means_backward_operator)
 def _(
     dout: Tensor,
     has_before: bool,
@@ -134,11 +134,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     has_before, query_starts, numbers = ctx.options
-    dq, dbefore = router_means_backward(dout, has_before, *ctx.saved_tensors, query_starts, *numbers)
+    dq, dbefore = _call_backward(dout, has_before, *ctx.saved_tensors, query_starts, *numbers)
     return dq, dbefore if has_before else None, None, None, None, None
 
 
-differentiate(router_means, _save, _backward)
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "router_queries with backend='triton' has no second derivative: leave out create_graph=True, or use "
+        "backend='reference'"
+    )
+
+
+router_means = differentiate(means_operator, _save, _backward)
+_call_backward = differentiate(means_backward_operator, lambda ctx, inputs, output: None, _no_second_derivative)
 
 
 @triton.jit
@@ -161,7 +169,7 @@ def mean_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a routing block of a piece and WIDTH numbers of its query."""
+    """One program a routing block of a piece and WIDTH numbers of its query: the mean of the last queries up to it."""
     block = tl.program_id(0)
     number = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     batch = tl.program_id(2).to(tl.int64)

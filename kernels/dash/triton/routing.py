@@ -8,7 +8,8 @@ They are usually a tenth of all, and only their scores are computed again.
 The threshold. With z relative to the row maximum, tau solves N(tau) = ||max(z - tau, 0)||_2 = 1. N is convex and
 falling, so Newton's step tau + (N - 1) N / S, S = sum max(z - tau, 0), never passes the solution from below and comes
 back below it from above: no bracket is needed. N rather than N^2, because far from the solution N is close to linear.
-From -1/2 it takes 3 to 7 steps, whatever the scores and their number.
+From -1/2 it takes 3 to 7 steps, whatever the scores and their number. docs/internals.md has the words: list, candidate,
+segment, routing block.
 """
 
 from typing import NamedTuple
@@ -19,8 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
+from dash_train.kernels.common.numbers import power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.dash.config import DashConfig
-from dash_train.kernels.dash.triton.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape, power_of_two
+from dash_train.kernels.dash.triton.rows import blocks_of
+from dash_train.kernels.dash.triton.tiles import MIN_WIDTH, RESIDENT_CHUNKS, Lists, Segment, Shape, strides_of
 
 STREAMED_WIDTH = 512  # chunks in the sample, and in a block of a pass, with more than RESIDENT_CHUNKS
 MAX_STEPS = tl.constexpr(16)
@@ -28,7 +32,7 @@ TOLERANCE = tl.constexpr(1e-6)  # on |sum p - 1|
 SLACK = tl.constexpr(1e-5)  # how far below a sample's threshold a chunk may lie and is still kept: covers rounding
 
 
-class Routing(NamedTuple):
+class RoutingResults(NamedTuple):
     """What routing leaves behind for the statistics and the backward pass; all fp32 but the counts."""
 
     tau: Tensor  # [batch, heads, q_blocks], relative to row_max
@@ -38,11 +42,11 @@ class Routing(NamedTuple):
     bits: Tensor  # [batch, kv_heads, lists, words] int32: bit c % 32 of word c // 32: chunk c is in the list
 
 
-def new_routing(shape: Shape, pieces: int, device: torch.device) -> Routing:
+def new_routing(shape: Shape, pieces: int, device: torch.device) -> RoutingResults:
     """The outputs of routing and of list_segment, not yet written."""
     per_head = (shape.batch, shape.heads, shape.q_blocks)
     per_list = (shape.batch, shape.kv_heads, pieces * shape.lists(shape.q_len // pieces))
-    return Routing(
+    return RoutingResults(
         tau=torch.empty(per_head, device=device),
         row_max=torch.empty(per_head, device=device),
         lengths=torch.empty(per_list, device=device, dtype=torch.int32),
@@ -59,7 +63,7 @@ def route_segment(
     shape: Shape,
     segment: Segment,
     lists: Lists,
-    out: Routing,
+    out: RoutingResults,
     support: Tensor | None = None,
 ) -> None:
     """Routes the queries of one segment: writes its rows of `out`, bits aside, and candidates with pbar to `lists`.
@@ -68,40 +72,28 @@ def route_segment(
     document_starts int32 [batch or 1, seq]. support: bool [batch, heads, q_blocks, chunks] of zeros, if it is wanted:
     the chunks of positive probability are marked in it.
     """
-    blocks = shape.blocks(segment.tokens)
     resident = segment.chunks <= RESIDENT_CHUNKS
     width = max(MIN_WIDTH, power_of_two(segment.chunks)) if resident else STREAMED_WIDTH
     launch(
         route_kernel,
-        (-(-blocks // shape.router_blocks), shape.batch * shape.kv_heads),
+        (-(-shape.blocks(segment.tokens) // shape.router_blocks), shape.batch * shape.kv_heads),
         router_q,
         parts,
         document_starts,
-        *lists,
-        out.tau,
-        out.row_max,
-        out.lengths,
-        out.residual,
+        lists,
+        out,
         support,
-        *router_q.stride()[:3],
+        strides_of(router_q),
         parts.stride(0),
-        parts.shape[2],
         document_starts.stride(0) if document_starts.shape[0] > 1 else 0,
-        shape.q_blocks,
-        out.lengths.shape[2],
-        segment.row // shape.routing_block,
-        segment.position // shape.routing_block,
-        blocks,
-        segment.list,
-        shape.lists(segment.tokens),
-        segment.chunks,
-        0.5 * config.routing_scale * shape.head_dim**-0.5,
+        segment,
+        0.5 * config.score_scale(shape.head_dim),
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
         PADDED_GROUP=shape.rows_of_block(shape.router_blocks),
         BLOCKS=shape.router_blocks,
         LIST_BLOCKS=shape.list_blocks,
-        CHUNK_BLOCKS=shape.chunk_size // shape.routing_block,
+        ROUTING_BLOCK=shape.routing_block,
         CHUNK=shape.chunk_size,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=min(32 if width > 256 else 64, shape.head_dim & -shape.head_dim),
@@ -118,34 +110,20 @@ def route_kernel(
     q_ptr,
     parts_ptr,
     document_starts_ptr,
-    chunks_ptr,
-    pbar_ptr,
-    tau_ptr,
-    row_max_ptr,
-    lengths_ptr,
-    residual_ptr,
-    support_ptr,
-    q_batch_stride,
-    q_block_stride,
-    q_head_stride,
-    part_stride,
-    row_chunks,
-    documents_stride,
-    q_blocks,
-    row_lists,
-    first_row,
-    first_position,
-    blocks,
-    first_list,
     lists,
-    capacity,
+    out,
+    support_ptr,
+    q_strides,
+    part_stride,
+    documents_stride,
+    segment,
     scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     LIST_BLOCKS: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
+    ROUTING_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -154,39 +132,45 @@ def route_kernel(
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program BLOCKS routing blocks, the longest histories first. Rows and positions count blocks."""
+    """One program BLOCKS routing blocks, the longest histories first: tau of every row, pbar_c = mean of r_c^2.
+
+    z_c = scale q.ktilde_c, r_c = max(z_c - row_max - tau, 0), and sum_c r_c^2 = 1.
+    """
     ROWS: tl.constexpr = BLOCKS * PADDED_GROUP
     LISTS: tl.constexpr = BLOCKS // LIST_BLOCKS
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)  # batch * KV_HEADS + KV head
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
+    first_block, blocks, row_blocks = blocks_of(segment, ROUTING_BLOCK)
+    segment_lists = tl.cdiv(blocks, LIST_BLOCKS)
+    row_chunks = tl.cdiv(segment.seq, CHUNK)
 
+    # 1. The rows of these blocks, and where their results go.
     row = tl.arange(0, ROWS)
     block = program * BLOCKS + row // PADDED_GROUP  # within the segment
     head = row % PADDED_GROUP
     is_real = (block < blocks) & (head < GROUP)
-    q_rows = q_ptr + batch * q_batch_stride + (first_row + block).to(tl.int64) * q_block_stride
-    q_rows += (kv_head * GROUP + head) * q_head_stride
-    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * q_blocks + first_row + block
+    q_rows = q_ptr + batch * q_strides.batch + (first_block + block).to(tl.int64) * q_strides.token
+    q_rows += (kv_head * GROUP + head) * q_strides.head
+    per_head = (batch * KV_HEADS * GROUP + kv_head * GROUP + head) * row_blocks + first_block + block
     own_list = program * LISTS + tl.arange(0, LISTS)
-    is_list = own_list < lists
-    per_list = sequence * row_lists + first_list + own_list
-    list_start = (sequence * lists + program * LISTS) * capacity
-    chunks_ptr += list_start
-    pbar_ptr += list_start * LIST_BLOCKS
+    is_list = own_list < segment_lists
+    per_list = batch_head * segment.row_lists + segment.list + own_list
+    list_start = (batch_head * segment_lists + program * LISTS) * segment.chunks
+    chunks_ptr = lists.chunks + list_start
+    pbar_ptr = lists.prior + list_start * LIST_BLOCKS
 
-    position = first_position + program * BLOCKS
-    chunk_start = position // CHUNK_BLOCKS * CHUNK
-    first = tl.load(document_starts_ptr + batch * documents_stride + chunk_start) // CHUNK
-    eligible = position // CHUNK_BLOCKS - first
+    # 2. The eligible chunks: from `first` on, so many.
+    own = (segment.position + program * BLOCKS * ROUTING_BLOCK) // CHUNK
+    first = tl.load(document_starts_ptr + batch * documents_stride + own * CHUNK) // CHUNK
+    eligible = own - first
     if eligible == 0:
-        tl.store(tau_ptr + per_head, tl.full([ROWS], -1.0, tl.float32), mask=is_real)
-        tl.store(row_max_ptr + per_head, tl.zeros([ROWS], tl.float32), mask=is_real)
-        tl.store(lengths_ptr + per_list, tl.zeros([LISTS], tl.int32), mask=is_list)
-        tl.store(residual_ptr + per_list, tl.zeros([LISTS], tl.float32), mask=is_list)
+        tl.store(out.tau + per_head, tl.full([ROWS], -1.0, tl.float32), mask=is_real)
+        tl.store(out.row_max + per_head, tl.zeros([ROWS], tl.float32), mask=is_real)
+        tl.store(out.lengths + per_list, tl.zeros([LISTS], tl.int32), mask=is_list)
+        tl.store(out.residual + per_list, tl.zeros([LISTS], tl.float32), mask=is_list)
         return
 
+    # 3. The threshold of all chunks or, where they are many, of a sample: at most that of all.
     queries = (q_rows, is_real)
     first_summary = parts_ptr + ((batch * row_chunks + first) * KV_HEADS + kv_head) * HEAD_DIM
     summaries = (first_summary, KV_HEADS * HEAD_DIM, part_stride, eligible)
@@ -194,13 +178,15 @@ def route_kernel(
     stride = 1 if RESIDENT else tl.cdiv(eligible, WIDTH)
     z = routing_scores(lane * stride, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
     row_max = tl.max(z, 1)
-    z -= row_max[:, None]
+    z -= row_max[:, None]  # [ROWS, WIDTH]
     highest = -1.0 / tl.sqrt(tl.cdiv(eligible, stride).to(tl.float32))  # tau of equal scores
     tau = tl.zeros([ROWS], tl.float32) + tl.minimum(highest, -0.5)
     tau, residual = threshold(z, tau, highest)
     candidates = eligible
+
+    # 4. Where they are many: the candidates, those above the sample's threshold in any row, and the threshold of these.
     if not RESIDENT:
-        low = row_max + tau - SLACK
+        low = row_max + tau - SLACK  # [ROWS]
         candidates = 0
         for start in range(0, eligible, WIDTH):
             z = routing_scores(start + lane, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
@@ -232,14 +218,15 @@ def route_kernel(
                 if residual > TOLERANCE:
                     tau = newton_step(tau, total, square, highest)
                 steps += 1
-    tl.store(tau_ptr + per_head, tau, mask=is_real)
-    tl.store(row_max_ptr + per_head, row_max, mask=is_real)
-    tl.store(residual_ptr + per_list, tl.zeros([LISTS], tl.float32) + residual, mask=is_list)
-    tl.store(lengths_ptr + per_list, tl.zeros([LISTS], tl.int32) + candidates, mask=is_list)
 
+    # 5. The results, and the candidates with pbar.
+    tl.store(out.tau + per_head, tau, mask=is_real)
+    tl.store(out.row_max + per_head, row_max, mask=is_real)
+    tl.store(out.residual + per_list, tl.zeros([LISTS], tl.float32) + residual, mask=is_list)
+    tl.store(out.lengths + per_list, tl.zeros([LISTS], tl.int32) + candidates, mask=is_list)
     place = tl.arange(0, BLOCKS)
-    pbar_start = (place // LIST_BLOCKS * capacity).to(tl.int64) * LIST_BLOCKS + place % LIST_BLOCKS
-    has_list = program * LISTS + place // LIST_BLOCKS < lists
+    pbar_start = (place // LIST_BLOCKS * segment.chunks).to(tl.int64) * LIST_BLOCKS + place % LIST_BLOCKS
+    has_list = program * LISTS + place // LIST_BLOCKS < segment_lists
     for start in range(0, WIDTH if RESIDENT else candidates, WIDTH):
         entry = start + lane
         in_list = entry < candidates
@@ -248,13 +235,14 @@ def route_kernel(
             chunk = tl.load(chunks_ptr + entry, mask=in_list, other=eligible)
             z = routing_scores(chunk, queries, summaries, scale, HEAD_DIM, BLOCK_DIM, PARTS, STAGES)
             z -= row_max[:, None]
-        root = tl.where(is_real[:, None], tl.maximum(z - tau[:, None], 0.0), 0.0)
+        root = tl.where(is_real[:, None], tl.maximum(z - tau[:, None], 0.0), 0.0)  # [ROWS, WIDTH]
         if support_ptr is not None:
             support = support_ptr + per_head[:, None] * row_chunks + first + chunk[None, :]
             tl.store(support, root > 0, mask=is_real[:, None] & in_list[None, :])
-        pbar = tl.sum(tl.reshape(root * root, [BLOCKS, PADDED_GROUP, WIDTH]), 1) / GROUP
+        pbar = tl.sum(tl.reshape(root * root, [BLOCKS, PADDED_GROUP, WIDTH]), 1) / GROUP  # [BLOCKS, WIDTH]
         for i in tl.static_range(LISTS):
-            tl.store(chunks_ptr + i * capacity + entry, first + chunk, mask=in_list & (program * LISTS + i < lists))
+            mask = in_list & (program * LISTS + i < segment_lists)
+            tl.store(chunks_ptr + i * segment.chunks + entry, first + chunk, mask=mask)
         mask = has_list[:, None] & in_list[None, :]
         tl.store(pbar_ptr + pbar_start[:, None] + entry[None, :] * LIST_BLOCKS, pbar, mask=mask)
 
@@ -281,7 +269,7 @@ def routing_scores(
     for step in tl.range(0, PARTS * STEPS, num_stages=STAGES):
         start = (step % STEPS) * BLOCK_DIM + dim
         part = (step // STEPS) * part_stride
-        q = tl.load(q_rows[:, None] + start[None, :], mask=is_real[:, None], other=0.0)
+        q = tl.load(q_rows[:, None] + start[None, :], mask=is_real[:, None], other=0.0)  # [ROWS, BLOCK_DIM]
         summary = tl.load(summary_rows[:, None] + part + start[None, :], mask=is_eligible[:, None], other=0.0)
         z = tl.dot(q, tl.trans(summary), z, input_precision="ieee")
     return tl.where(is_eligible[None, :], z * scale, float("-inf"))
@@ -305,5 +293,6 @@ def threshold(z, tau, highest):
 
 @triton.jit
 def newton_step(tau, total, square, highest):
+    """tau + (N - 1) N / S, at most `highest`: total [ROWS] is S, square [ROWS] is N^2."""
     norm = tl.sqrt(square)
     return tl.minimum(tau + (norm - 1.0) * norm / total, highest)

@@ -1,4 +1,4 @@
-"""Stage 0 in Triton: one key-like summary per chunk, the input of routing."""
+"""Stage 0 in Triton: ktilde_c = sum_j beta_j k_j with beta = softmax of a w.k_j over a chunk: the input of routing."""
 
 import torch
 import triton
@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
-from dash_train.kernels.dash.triton.tiles import power_of_two
+from dash_train.kernels.common.numbers import power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 
 
 def summarize_chunks(k: Tensor, chunk_query: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -85,17 +86,16 @@ def summaries_kernel(
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program a chunk and KV head."""
+    """One program a chunk and KV head: its summary, and the same as a sum of `PARTS` parts in the keys' type."""
     chunk = tl.program_id(0)
-    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
-    head = tl.program_id(1) % KV_HEADS
+    _, batch, head = batch_and_head(tl.program_id(1), KV_HEADS)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
 
     rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64) * k_token_stride
     w_head = w_ptr + head * HEAD_DIM
-    summary = weighted_summary(rows, token < seq, w_head, scale, HEAD_DIM, BLOCK_DIM)
+    summary = weighted_summary(rows, token < seq, w_head, scale, HEAD_DIM, BLOCK_DIM)  # [BLOCK_DIM]
     offset = ((batch * tl.num_programs(0) + chunk) * KV_HEADS + head) * HEAD_DIM + dim
     tl.store(summaries_ptr + offset, summary, mask=in_dim)
     high = summary.to(parts_ptr.dtype.element_ty)
@@ -123,9 +123,8 @@ def update_kernel(
     BLOCK_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a sequence and KV head."""
-    batch = (tl.program_id(0) // KV_HEADS).to(tl.int64)
-    head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    """One program a KV head of a sequence: the summary of the chunk that the newest key completed, if it did."""
+    _, batch, head = batch_and_head(tl.program_id(0), KV_HEADS)
     length = tl.load(lengths_ptr + batch)
     if (length == 0) | (length % CHUNK != 0):
         return
@@ -140,7 +139,7 @@ def update_kernel(
 
 @triton.jit
 def weighted_summary(rows, is_key, w_ptr, scale, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """sum_j softmax_j(w.k_j scale) k_j [BLOCK_DIM] of the keys at `rows` [CHUNK]."""
+    """sum_j softmax_j(w.k_j scale) k_j [BLOCK_DIM] of the keys at the pointers `rows` [CHUNK]."""
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
     k = tl.load(rows[:, None] + dim[None, :], mask=is_key[:, None] & in_dim[None, :], other=0.0).to(tl.float32)

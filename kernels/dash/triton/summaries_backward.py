@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_train.kernels.common.launch import launch
-from dash_train.kernels.dash.triton.tiles import power_of_two
+from dash_train.kernels.common.numbers import power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 
 
 def summaries_backward(
@@ -69,26 +70,29 @@ def summaries_backward_kernel(
     BLOCK_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a chunk and KV head; its share of the chunk query's gradient replaces the summary's."""
+    """One program a chunk and KV head, with u the summary's gradient: dl_j = beta_j u.(k_j - ktilde) a.
+
+    dk_j += beta_j u + dl_j w and dw = sum dl_j k_j, which replaces u.
+    """
     chunk = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    batch = sequence // KV_HEADS
-    head = sequence % KV_HEADS
+    batch_head, batch, head = batch_and_head(tl.program_id(1), KV_HEADS)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
     mask = (token < seq)[:, None] & in_dim[None, :]
 
+    # 1. beta, as in the forward pass.
     rows = k_ptr + batch * k_batch_stride + head * k_head_stride + token.to(tl.int64)[:, None] * k_token_stride
-    k = tl.load(rows + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    k = tl.load(rows + dim[None, :], mask=mask, other=0.0).to(tl.float32)  # [CHUNK, BLOCK_DIM]
     w = tl.load(w_ptr + head * HEAD_DIM + dim, mask=in_dim, other=0.0).to(tl.float32)
     logits = tl.where(token < seq, tl.sum(k * w[None, :], 1) * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 0))
-    weights = weights / tl.sum(weights, 0)
+    weights = weights / tl.sum(weights, 0)  # [CHUNK]
 
+    # 2. u [BLOCK_DIM], the sum of all shares; dl [CHUNK]; dw.
     chunk_offset = ((batch * tl.num_programs(0) + chunk) * KV_HEADS + head) * HEAD_DIM + dim
     summary = tl.load(summaries_ptr + chunk_offset, mask=in_dim, other=0.0)
-    dsummary_ptr = dsummaries_ptr + (sequence * tl.num_programs(0) + chunk) * HEAD_DIM + dim
+    dsummary_ptr = dsummaries_ptr + (batch_head * tl.num_programs(0) + chunk) * HEAD_DIM + dim
     dsummary = tl.load(dsummary_ptr, mask=in_dim, other=0.0)
     for share in range(1, shares):
         offset = share * tl.num_programs(1) * tl.num_programs(0) * HEAD_DIM
@@ -96,7 +100,8 @@ def summaries_backward_kernel(
     dlogits = weights * tl.sum(dsummary[None, :] * (k - summary[None, :]), 1) * scale
     tl.store(dsummary_ptr, tl.sum(dlogits[:, None] * k, 0), mask=in_dim)
 
-    offset = (sequence * seq + token)[:, None] * HEAD_DIM + dim[None, :]
+    # 3. dk and dv, [CHUNK, BLOCK_DIM], what attention passed included.
+    offset = (batch_head * seq + token)[:, None] * HEAD_DIM + dim[None, :]
     dk = tl.load(dk_ptr + offset, mask=mask, other=0.0)
     dk += weights[:, None] * dsummary[None, :] + dlogits[:, None] * w[None, :]
     dv = tl.load(dv_ptr + offset, mask=mask, other=0.0)

@@ -1,10 +1,9 @@
 """How queries are cut for the kernels: into blocks, tiles and lists, and into segments that share one workspace.
 
-A *routing block* is `routing_block` consecutive tokens that are routed together. A *tile* is consecutive tokens with
-all heads of their group: the rows of a program's matrix products. A *list* names the chunks to which any of its tokens
-is routed. It belongs to `list_tokens` consecutive tokens: to a routing block where that holds a tile or more, and then
-serves several tiles; else to a tile, of `list_blocks` routing blocks, each of which has its own log-prior in every
-entry. Blocks, tiles and lists lie in one chunk, so their tokens have the same own chunk and the same eligible chunks.
+docs/internals.md has the words. A list belongs to `list_tokens` consecutive tokens: to a routing block where that holds
+a tile or more, and then serves several tiles; else to a tile, of `list_blocks` routing blocks, each of which has its
+own log-prior in every entry. Blocks, tiles and lists lie in one chunk, so their tokens have the same own chunk and the
+same eligible chunks.
 
 A list has room for its tokens' whole history, so no density overflows it; lists of all tokens at once would be
 quadratic in memory, hence the segments.
@@ -19,20 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import MATRIX_ROWS, power_of_two
+
 logger = logging.getLogger(__name__)
 
-TILE_ROWS = 64  # the rows of one warpgroup's matrix instruction
-MATRIX_ROWS = 16  # the least rows of a matrix product
+TILE_ROWS = 64  # the rows of one wgmma
 ROUTING_ROWS = 32  # of a program that routes for several lists: fewer than TILE_ROWS, see router_blocks
 RESIDENT_CHUNKS = 512  # the scores of so many chunks fit into a program's registers
 MIN_WIDTH = 128  # routing's least
 WORKSPACE_BYTES = 2**29  # the lists of one segment take at most this, or what one chunk of queries needs
 QUERY_NUMBERS = 2**24  # of a segment's queries of one KV head in the backward pass, where L2 is to hold them and dout
-
-
-def power_of_two(number: int) -> int:
-    """The least that is at least `number`. (triton.next_power_of_2 costs the host ten times as much.)"""
-    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,8 @@ class Shape:
     def router_blocks(self) -> int:
         """Routing blocks that one program routes: those of a list, or some lists of one block.
 
-        Few enough in the latter case that their scores come from the same kind of matrix instruction as those of one
-        block, which are computed again in the backward pass and must be the same to the bit.
+        Few enough in the latter case that their scores come from the same kind of product (wgmma or mma.sync) as those
+        of one block, which are computed again in the backward pass and must be the same to the bit.
         """
         if self.list_blocks > 1:
             return self.list_blocks
@@ -134,17 +129,42 @@ _shape = lru_cache(Shape)  # with what it has computed
 
 
 class Segment(NamedTuple):
-    """Consecutive queries of one piece."""
+    """Consecutive queries of one piece, and the sizes of the call that they are a part of.
+
+    Kernels take it as one argument, and are compiled anew where one of its numbers becomes, or ceases to be, a multiple
+    of 16 or 1: what follows from these numbers and from constants they compute.
+    """
 
     row: int  # of q, the first
-    position: int  # of that row in the sequence
+    position: int  # of that row in k
     tokens: int
     list: int  # number of the first list, all pieces counted
-    chunks: int  # an upper bound of what a query of the segment can be routed to
+    chunks: int  # an upper bound of what a query of the segment can be routed to: the capacity of its lists
+    q_len: int  # of the call
+    seq: int  # of the call
+    row_lists: int  # lists of a row of q
+
+
+class Strides(NamedTuple):
+    """Of q, k, v or the routers' queries; their last dimension is contiguous."""
+
+    batch: int
+    token: int
+    head: int
+
+
+def strides_of(t: Tensor) -> Strides:
+    """t [batch, tokens, heads, head_dim]."""
+    return _strides(t.stride())
+
+
+@lru_cache
+def _strides(strides: tuple[int, int, int, int]) -> Strides:
+    return Strides(*strides[:3])
 
 
 class Lists(NamedTuple):
-    """What the tokens of each list of one segment may be routed to, then what they are. Lengths: Routing.lengths."""
+    """What each list's tokens may be routed to, then what they are. RoutingResults has the lengths."""
 
     chunks: Tensor  # [batch * kv_heads, lists, segment.chunks] int32, ascending
     prior: Tensor  # [batch * kv_heads, lists, segment.chunks, list_blocks] fp32: pbar, later the log-prior
@@ -172,8 +192,18 @@ def segments(shape: Shape, query_starts: tuple[int, ...], backward: bool = False
             if backward:
                 tokens = min(tokens, _tokens_in_cache(shape))
             chunks = -(-(position + tokens) // shape.chunk_size)
-            first_list = i * shape.lists(piece) + shape.lists(done)
-            cut.append(Segment(i * piece + done, position, tokens, first_list, chunks))
+            cut.append(
+                Segment(
+                    row=i * piece + done,
+                    position=position,
+                    tokens=tokens,
+                    list=i * shape.lists(piece) + shape.lists(done),
+                    chunks=chunks,
+                    q_len=shape.q_len,
+                    seq=shape.seq,
+                    row_lists=len(query_starts) * shape.lists(piece),
+                )
+            )
             done += tokens
     return tuple(cut)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_train.kernels.entmax import compute_dtype
+from dash_train.kernels.common.numbers import compute_dtype
 from dash_train.kernels.vattention.reference.permutation import permute, sample_key
 from dash_train.kernels.vattention.reference.population import Population, VAttentionConfig
 
@@ -25,6 +25,7 @@ class VAttentionReport(NamedTuple):
     dense_fallback: Tensor  # [batch, kv_heads] bool: everything was read though sampling was asked for
     unbounded_chunks: Tensor  # [batch, kv_heads] int32: chunks left to sampling that could hide a needle, for all that
     #                           the page bounds tell: those the bounds do not exclude, or all, without bounds
+    sketch_bytes: Tensor | None = None  # [batch, kv_heads] int64: bytes of the sketch that were read; None: no sketch
 
 
 def vattention_reference(

@@ -19,23 +19,24 @@ WORD = 0xFFFFFFFF
 
 def sample_key(seed: Tensor, kv_heads: int) -> Tensor:
     """The key of each KV head's permutation, int64 [batch, kv_heads] below 2^32, from seed int64 [batch]."""
-    folded = _mix(_mix(seed >> 32 & WORD) ^ (seed & WORD))
+    folded = mix(mix(seed >> 32 & WORD) ^ (seed & WORD))
     head = torch.arange(kv_heads, device=seed.device)
-    return _mix(folded[:, None] + head * GOLDEN & WORD)
+    return mix(folded[:, None] + head * GOLDEN & WORD)
 
 
 def permute(index: Tensor, size: Tensor, key: Tensor) -> Tensor:
     """The place that comes index-th; all int64, broadcast against each other, 0 <= index < size < 2^31."""
-    x = (index + _below(_mix(key), size)) % size
+    x = (index + _below(mix(key), size)) % size
     for i in range(1, ROUNDS + 1):
-        round_key = _mix(key + i * GOLDEN & WORD)
-        partner = (_below(_mix(round_key ^ GOLDEN), size) - x) % size
-        swaps = _mix(torch.maximum(x, partner) ^ round_key) & 1
+        round_key = mix(key + i * GOLDEN & WORD)
+        partner = (_below(mix(round_key ^ GOLDEN), size) - x) % size
+        swaps = mix(torch.maximum(x, partner) ^ round_key) & 1
         x = torch.where(swaps.bool(), partner, x)
     return x
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words, in int64, after which neighbours are unlike."""
     x = (x ^ x >> 16) * MIX_1 & WORD
     x = (x ^ x >> 13) * MIX_2 & WORD
     return x ^ x >> 16

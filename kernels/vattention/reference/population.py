@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_train.kernels.entmax import compute_dtype
+from dash_train.kernels.common.numbers import compute_dtype
 
 # With page bounds. A sampled token may move the denominator by at most this share of epsilon,
 NEEDLE_SHARE = 0.5
@@ -88,7 +88,7 @@ def split_population(
 
     # The summaries' log-mass counts one token a chunk: a lower bound of log D. With a whole chunk for each it is a good
     # estimate (for mean keys still a lower bound), and a token of weight w needs n_s w / D / limit tokens of sample.
-    upper = (_upper_bounds(grouped_q, *bounds) + chunk_bias[:, :, None] - log_mass).amax(2)
+    upper = (upper_bounds(grouped_q, *bounds) + chunk_bias[:, :, None] - log_mass).amax(2)
     limit = NEEDLE_SHARE * config.epsilon * config.chunk_size
     tokens = population.sum(-1, keepdim=True).clamp(min=1) * config.chunk_size
     is_open = population & ~certain
@@ -113,7 +113,7 @@ def _top(rank: Tensor, candidates: Tensor, wanted: Tensor) -> Tensor:
     return candidates & (place < wanted)
 
 
-def _upper_bounds(grouped_q: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:
+def upper_bounds(grouped_q: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:
     """The largest logit [batch, kv_heads, group, chunks] of any key between a chunk's k_min and k_max."""
     at_max = torch.einsum("bhgd,bchd->bhgc", grouped_q.clamp(min=0), k_max.to(grouped_q.dtype))
     return at_max + torch.einsum("bhgd,bchd->bhgc", grouped_q.clamp(max=0), k_min.to(grouped_q.dtype))

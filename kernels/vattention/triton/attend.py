@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import LOG2_E
+from dash_train.kernels.common.rows import batch_and_head
+from dash_train.kernels.common.softmax import add_weighted
 from dash_train.kernels.vattention.reference.population import VAttentionConfig
 from dash_train.kernels.vattention.triton.permutation import permute, sample_key
-from dash_train.kernels.vattention.triton.select import LOG2_E
 from dash_train.kernels.vattention.triton.workspace import (
     BASE_TOKENS,
     CERTAIN_CHUNKS,
@@ -20,7 +22,7 @@ from dash_train.kernels.vattention.triton.workspace import (
     RESIDUAL_TOKENS,
     SAMPLE,
     SPLITS,
-    Shape,
+    DecodeShape,
     Workspace,
 )
 
@@ -28,14 +30,14 @@ STAGES = 3  # of the loop that reads; 3 programs then share an SM and hide each 
 LIST_BLOCK = 256  # tokens whose place in the permutation is computed at once
 
 
-def attend(
+def attend_sample(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
     chunk_bias: Tensor | None,
     seed: Tensor,
-    shape: Shape,
+    shape: DecodeShape,
     config: VAttentionConfig,
     work: Workspace,
     *,
@@ -44,7 +46,7 @@ def attend(
     """Writes the splits of the certain chunks and of the base sample, or with `extra` those of all that is left."""
     row_bytes = shape.block_dim * k_cache.element_size()
     tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    attend_kernel[(SPLITS if extra else SPLITS + shape.base_splits, shape.sequences)](
+    attend_sample_kernel[(SPLITS if extra else SPLITS + shape.base_splits, shape.batch_heads)](
         q,
         k_cache,
         v_cache,
@@ -88,7 +90,7 @@ def attend(
 
 
 @triton.jit
-def attend_kernel(
+def attend_sample_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -133,26 +135,28 @@ def attend_kernel(
     LOG2_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program a split of a KV head, for all heads of the group."""
+    """One program a split of a KV head: sums over its tokens of w = 2^s and of w v, for all heads of the group.
+
+    s = a q.k + the bias of the key's chunk, in units of log 2. With SQUARES also sum (w |v - centre|)^2, or sum w^2.
+    """
     ALL_SPLITS: tl.constexpr = 2 * SPLITS + BASE_SPLITS
     split = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    sequences = tl.num_programs(1)
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    batch_head, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
+    batch_heads = tl.num_programs(1)
     length = tl.load(lengths_ptr + batch)
-    counts_ptr += sequence
+    counts_ptr += batch_head
     # The list of tokens begins with those of the certain chunks; what is sampled stands behind them.
-    sampled = tl.load(counts_ptr + CERTAIN_CHUNKS * sequences) * CHUNK
-    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
+    sampled = tl.load(counts_ptr + CERTAIN_CHUNKS * batch_heads) * CHUNK
+    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * batch_heads)
 
+    # 1. The share: turns begin .. end - 1 of reading. `is_drawn`: they are turns of the permutation of the residual.
     if EXTRA:
-        is_drawn = ~reads_everything(counts_ptr, sequences, base_sample, max_sample)
-        chunks_left = tl.load(counts_ptr + RESIDUAL_CHUNKS * sequences) + tl.load(
-            counts_ptr + DROPPED_CHUNKS * sequences
+        is_drawn = ~reads_everything(counts_ptr, batch_heads, base_sample, max_sample)
+        chunks_left = tl.load(counts_ptr + RESIDUAL_CHUNKS * batch_heads) + tl.load(
+            counts_ptr + DROPPED_CHUNKS * batch_heads
         )
         begin = tl.where(is_drawn, tl.minimum(n_s, base_sample), 0)
-        end = tl.where(is_drawn, tl.minimum(tl.load(counts_ptr + SAMPLE * sequences), n_s), chunks_left * CHUNK)
+        end = tl.where(is_drawn, tl.minimum(tl.load(counts_ptr + SAMPLE * batch_heads), n_s), chunks_left * CHUNK)
         begin, end = share(begin, end, split, SPLITS, TILE)
         out_split = SPLITS + BASE_SPLITS + split
     else:
@@ -166,14 +170,15 @@ def attend_kernel(
 
     row = tl.arange(0, PADDED_GROUP)
     is_head = row < GROUP
-    head = sequence * GROUP + row
+    head = batch_head * GROUP + row
     partial = head * ALL_SPLITS + out_split
     if begin >= end:
         tl.store(highest_ptr + partial, tl.full([PADDED_GROUP], float("-inf"), tl.float32), mask=is_head)
         return
 
-    order_ptr += sequence * chunks + sampled // CHUNK
-    tokens_ptr += sequence * chunks * CHUNK + sampled
+    # 2. Its tokens, written down in the order of reading.
+    order_ptr += batch_head * chunks + sampled // CHUNK
+    tokens_ptr += batch_head * chunks * CHUNK + sampled
     key = sample_key(tl.load(seed_ptr + batch), kv_head)
     for block in range(begin, end, LIST_BLOCK):
         turn = block + tl.arange(0, LIST_BLOCK)
@@ -184,18 +189,20 @@ def attend_kernel(
         tl.store(tokens_ptr + turn, tl.where(token < length, token, -1), mask=turn < end)
     tl.debug_barrier()
 
+    # 3. The group's queries and, for the squares, the output about which they are taken: [PADDED_GROUP, BLOCK_DIM].
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = (dim < HEAD_DIM)[None, :]
     q_rows = q_ptr + batch * q_batch_stride + (kv_head * GROUP + row) * q_head_stride
     q = tl.load(q_rows[:, None] + dim[None, :], mask=is_head[:, None] & in_dim, other=0.0)
     k_ptr += batch * k_batch_stride + kv_head * k_head_stride
     v_ptr += batch * v_batch_stride + kv_head * v_head_stride
-    bias_ptr += sequence * chunks
+    bias_ptr += batch_head * chunks
     if SQUARES == "output":
         centre_rows = centre_ptr + head[:, None] * HEAD_DIM + dim[None, :]
         centre = tl.load(centre_rows, mask=is_head[:, None] & in_dim, other=0.0)
         centre_square = tl.sum(centre.to(tl.float32) * centre.to(tl.float32), 1)
 
+    # 4. Tile by tile.
     highest = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
     squares = tl.zeros([PADDED_GROUP], tl.float32)
@@ -206,9 +213,9 @@ def attend_kernel(
         is_token = token >= 0
         mask = is_token[:, None] & in_dim
         place = token.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + place * k_token_stride + dim[None, :], mask=mask, other=0.0)
+        k = tl.load(k_ptr + place * k_token_stride + dim[None, :], mask=mask, other=0.0)  # [TILE, BLOCK_DIM]
         v = tl.load(v_ptr + place * v_token_stride + dim[None, :], mask=mask, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [PADDED_GROUP, TILE]
         if BIASED:
             logits += (tl.load(bias_ptr + token // CHUNK, mask=is_token, other=0.0) * LOG2_E)[None, :]
         logits = tl.where(is_token[None, :], logits, float("-inf"))
@@ -220,8 +227,7 @@ def attend_kernel(
         finite = tl.where(new_highest > float("-inf"), new_highest, 0.0)  # a tile may lie beyond the row's end
         weights = tl.exp2(logits - finite[:, None])
         rescale = tl.exp2(highest - finite)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        total, acc = add_weighted(total, acc, weights, rescale, v)
         if SQUARES == "denominator":
             squares = squares * rescale * rescale + tl.sum(weights * weights, 1)
         if SQUARES == "output":
@@ -231,6 +237,7 @@ def attend_kernel(
             squares = squares * rescale * rescale + tl.sum(weights * weights * distance, 1)
         highest = new_highest
 
+    # 5. The split's sums.
     tl.store(highest_ptr + partial, highest, mask=is_head)
     tl.store(total_ptr + partial, total, mask=is_head)
     acc_rows = acc_ptr + partial[:, None] * HEAD_DIM + dim[None, :]
@@ -248,8 +255,8 @@ def share(begin, end, split, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def reads_everything(counts_ptr, sequences, base_sample, max_sample):
-    """Whether the sample of a sequence would be too large."""
-    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
-    b = tl.maximum(tl.load(counts_ptr + SAMPLE * sequences), base_sample)
+def reads_everything(counts_ptr, batch_heads, base_sample, max_sample):
+    """Whether the sample of a KV head would be too large."""
+    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * batch_heads)
+    b = tl.maximum(tl.load(counts_ptr + SAMPLE * batch_heads), base_sample)
     return (n_s > 0) & (b.to(tl.float32) > max_sample * n_s.to(tl.float32))

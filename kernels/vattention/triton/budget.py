@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import power_of_two
 from dash_train.kernels.vattention.reference.attention import VAttentionReport
 from dash_train.kernels.vattention.reference.population import VAttentionConfig
 from dash_train.kernels.vattention.triton.attend import reads_everything
@@ -19,14 +20,14 @@ from dash_train.kernels.vattention.triton.workspace import (
     SAMPLE,
     SPLITS,
     UNBOUNDED_CHUNKS,
-    Shape,
+    DecodeShape,
     Workspace,
 )
 
 BLOCK = 32  # splits, or tokens of the base sample, at once
 
 
-def find_budget(v_cache: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) -> None:
+def find_budget(v_cache: Tensor, shape: DecodeShape, config: VAttentionConfig, work: Workspace) -> None:
     """Raises b in work.counts to the largest that a head of the group needs; writes centre, rms and squares."""
     budget_kernel[(shape.batch * shape.heads,)](
         v_cache,
@@ -43,7 +44,7 @@ def find_budget(v_cache: Tensor, shape: Shape, config: VAttentionConfig, work: W
         *v_cache.stride()[:3],
         shape.chunks * shape.chunk_size,
         shape.base_sample,
-        shape.sequences,
+        shape.batch_heads,
         config.quantile,
         config.epsilon,
         config.value_floor,
@@ -54,7 +55,7 @@ def find_budget(v_cache: Tensor, shape: Shape, config: VAttentionConfig, work: W
         CHUNK=shape.chunk_size,
         SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
-        PADDED_SPLITS=triton.next_power_of_2(SPLITS + shape.base_splits),
+        PADDED_SPLITS=power_of_two(SPLITS + shape.base_splits),
         BLOCK=BLOCK,
         VERIFY=config.verify,
         num_warps=4,
@@ -79,7 +80,7 @@ def budget_kernel(
     v_head_stride,
     capacity,
     base_sample,
-    sequences,
+    batch_heads,
     quantile,
     epsilon,
     value_floor,
@@ -94,14 +95,20 @@ def budget_kernel(
     BLOCK: tl.constexpr,
     VERIFY: tl.constexpr,
 ):
+    """One program a query head: b' = (z n_s sd / (epsilon D floor))^2, b = b' / (1 + b' / n_s).
+
+    The largest b of the group stays. sd is that of w (v - o) over the base sample, or of w; floor is max(|o|,
+    value_floor rms(v)), or 1.
+    """
     ALL_SPLITS: tl.constexpr = 2 * SPLITS + BASE_SPLITS
     head = tl.program_id(0).to(tl.int64)
-    sequence = head // GROUP
-    counts_ptr += sequence
-    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
+    batch_head = head // GROUP
+    counts_ptr += batch_head
+    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * batch_heads)
     m = tl.minimum(n_s, base_sample)
     stands_for = n_s.to(tl.float32) / tl.maximum(m, 1)
 
+    # 1. D and o as the certain tokens and the base sample estimate them, in units of 2^top.
     split = tl.arange(0, PADDED_SPLITS)
     partial = head * ALL_SPLITS
     highest = tl.load(highest_ptr + partial + split, mask=split < SPLITS + BASE_SPLITS, other=float("-inf"))
@@ -126,8 +133,9 @@ def budget_kernel(
     tl.store(centre_ptr + head * HEAD_DIM + dim, centre, mask=in_dim)
     centre = centre.to(tl.float32)
 
-    tokens_ptr += sequence * capacity + tl.load(counts_ptr + CERTAIN_CHUNKS * sequences) * CHUNK
-    v_ptr += sequence // KV_HEADS * v_batch_stride + sequence % KV_HEADS * v_head_stride
+    # 2. The squares of the base sample about this o.
+    tokens_ptr += batch_head * capacity + tl.load(counts_ptr + CERTAIN_CHUNKS * batch_heads) * CHUNK
+    v_ptr += batch_head // KV_HEADS * v_batch_stride + batch_head % KV_HEADS * v_head_stride
     squares = tl.zeros([BLOCK], tl.float32)
     lengths = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, m, BLOCK, num_stages=3):
@@ -139,11 +147,13 @@ def budget_kernel(
         else:
             token = tl.load(tokens_ptr + turn, mask=turn < m, other=0).to(tl.int64)
             mask = (turn < m)[:, None] & in_dim[None, :]
+            # [BLOCK, BLOCK_DIM]
             v = tl.load(v_ptr + token[:, None] * v_token_stride + dim[None, :], mask=mask, other=0.0).to(tl.float32)
             lengths += tl.sum(v * v, 1)
             distance = tl.where(in_dim[None, :], v - centre[None, :], 0.0)
             squares += weights * weights * tl.sum(distance * distance, 1)
 
+    # 3. The sample that the variance demands.
     squares = tl.sum(squares, 0)
     rms = tl.sqrt(tl.sum(lengths, 0) / tl.maximum(m, 1))
     tl.store(base_squares_ptr + head, squares)
@@ -156,10 +166,10 @@ def budget_kernel(
     spread = quantile * population
     inverse = (epsilon * floor) * (epsilon * floor) / (spread * spread * variance + 1e-30)
     b = tl.ceil(1 / (inverse + 1 / population)).to(tl.int32)
-    tl.atomic_max(counts_ptr + SAMPLE * sequences, b)
+    tl.atomic_max(counts_ptr + SAMPLE * batch_heads, b)
 
 
-def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) -> tuple[Tensor, VAttentionReport]:
+def merge(q: Tensor, shape: DecodeShape, config: VAttentionConfig, work: Workspace) -> tuple[Tensor, VAttentionReport]:
     """The output, like q, and the report."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     size = (shape.batch, shape.kv_heads)
@@ -170,7 +180,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         dense_fallback=torch.empty(size, dtype=torch.bool, device=q.device),
         unbounded_chunks=torch.empty(size, dtype=torch.int32, device=q.device),
     )
-    merge_kernel[(shape.batch * shape.heads,)](
+    merge_splits_kernel[(shape.batch * shape.heads,)](
         work.counts,
         work.highest,
         work.total,
@@ -181,9 +191,9 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         work.centre,
         work.rms,
         out,
-        *report,
+        *report[:5],
         shape.base_sample,
-        shape.sequences,
+        shape.batch_heads,
         config.max_sample,
         config.quantile,
         config.value_floor,
@@ -193,7 +203,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
         CHUNK=shape.chunk_size,
         SPLITS=SPLITS,
         BASE_SPLITS=shape.base_splits,
-        PADDED_SPLITS=triton.next_power_of_2(shape.all_splits),
+        PADDED_SPLITS=power_of_two(shape.all_splits),
         BLOCK=BLOCK,
         VERIFY=config.verify,
         num_warps=4,
@@ -202,7 +212,7 @@ def merge(q: Tensor, shape: Shape, config: VAttentionConfig, work: Workspace) ->
 
 
 @triton.jit
-def merge_kernel(
+def merge_splits_kernel(
     counts_ptr,
     highest_ptr,
     total_ptr,
@@ -219,7 +229,7 @@ def merge_kernel(
     dense_ptr,
     unbounded_ptr,
     base_sample,
-    sequences,
+    batch_heads,
     max_sample,
     quantile,
     value_floor,
@@ -233,14 +243,19 @@ def merge_kernel(
     BLOCK: tl.constexpr,
     VERIFY: tl.constexpr,
 ):
+    """One program a query head: o = (sum over certain tokens of w v + n_s / b that over sampled ones) / D.
+
+    D is the numerator with 1 in place of v. The half-width is z n_s sd sqrt((1 - b / n_s) / b) / (D floor).
+    """
     ALL_SPLITS: tl.constexpr = 2 * SPLITS + BASE_SPLITS
     head = tl.program_id(0).to(tl.int64)
-    sequence = head // GROUP
-    counts_ptr += sequence
-    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * sequences)
-    b = tl.minimum(tl.load(counts_ptr + SAMPLE * sequences), n_s)
-    everything = reads_everything(counts_ptr, sequences, base_sample, max_sample)
+    batch_head = head // GROUP
+    counts_ptr += batch_head
+    n_s = tl.load(counts_ptr + RESIDUAL_TOKENS * batch_heads)
+    b = tl.minimum(tl.load(counts_ptr + SAMPLE * batch_heads), n_s)
+    everything = reads_everything(counts_ptr, batch_heads, base_sample, max_sample)
 
+    # 1. The output.
     split = tl.arange(0, PADDED_SPLITS)
     partial = head * ALL_SPLITS
     is_base = (split >= SPLITS) & (split < SPLITS + BASE_SPLITS)
@@ -267,6 +282,7 @@ def merge_kernel(
     in_dim = dim < HEAD_DIM
     tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=in_dim)
 
+    # 2. The half-width, from the squares of all samples.
     extra = tl.arange(0, PADDED_SPLITS)
     highest = tl.load(highest_ptr + partial + SPLITS + BASE_SPLITS + extra, mask=extra < SPLITS, other=float("-inf"))
     was_read = highest > float("-inf")
@@ -282,15 +298,16 @@ def merge_kernel(
     width = quantile * size * tl.sqrt(variance / tl.maximum(b, 1) * unread) / floor
     tl.store(half_width_ptr + head, tl.where(everything | (b >= n_s), 0.0, width))
 
+    # 3. Once a KV head, what was read.
     if head % GROUP == 0:
-        tokens = tl.load(counts_ptr + ALL_TOKENS * sequences)
-        dropped = tl.load(counts_ptr + DROPPED_CHUNKS * sequences) * CHUNK
+        tokens = tl.load(counts_ptr + ALL_TOKENS * batch_heads)
+        dropped = tl.load(counts_ptr + DROPPED_CHUNKS * batch_heads) * CHUNK
         read = tl.where(everything, tokens, tokens - dropped - n_s + b)
-        tl.store(tokens_read_ptr + sequence, read)
-        tl.store(density_ptr + sequence, read.to(tl.float32) / tokens)
-        tl.store(dense_ptr + sequence, everything)
-        unbounded = tl.load(counts_ptr + UNBOUNDED_CHUNKS * sequences)
-        tl.store(unbounded_ptr + sequence, tl.where(everything, 0, unbounded))
+        tl.store(tokens_read_ptr + batch_head, read)
+        tl.store(density_ptr + batch_head, read.to(tl.float32) / tokens)
+        tl.store(dense_ptr + batch_head, everything)
+        unbounded = tl.load(counts_ptr + UNBOUNDED_CHUNKS * batch_heads)
+        tl.store(unbounded_ptr + batch_head, tl.where(everything, 0, unbounded))
 
 
 @triton.jit
@@ -326,6 +343,7 @@ def combine(
         factor = tl.where(is_sampled, tl.where(split < SPLITS + BASE_SPLITS, base_factor, extra_factor), 1.0)
         total = tl.load(total_ptr + split, mask=was_read, other=0.0) * unit
         mask = was_read[:, None] & (dim < HEAD_DIM)[None, :]
+        # [BLOCK, BLOCK_DIM]
         acc = tl.load(acc_ptr + split[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0) * unit[:, None]
         mass += total * factor
         sample_mass += tl.where(is_sampled, total, 0.0)

@@ -35,6 +35,7 @@ def permute(index, size, key):
 
 @triton.jit
 def mix(x):
+    """MurmurHash3's finaliser."""
     x = (x ^ (x >> 16)) * MIX_1
     x = (x ^ (x >> 13)) * MIX_2
     return x ^ (x >> 16)
@@ -42,4 +43,5 @@ def mix(x):
 
 @triton.jit
 def below(word, size):
+    """A uniform 32-bit word becomes a uniform number below size."""
     return ((word.to(tl.uint64) * size.to(tl.uint64)) >> 32).to(tl.uint32)

@@ -8,10 +8,10 @@ from torch import Tensor
 from dash_train.kernels.dash.triton.summaries import summarize_chunks
 from dash_train.kernels.vattention.reference.attention import VAttentionReport
 from dash_train.kernels.vattention.reference.population import VAttentionConfig
-from dash_train.kernels.vattention.triton.attend import attend
+from dash_train.kernels.vattention.triton.attend import attend_sample
 from dash_train.kernels.vattention.triton.budget import find_budget, merge
-from dash_train.kernels.vattention.triton.select import score_chunks, select_chunks
-from dash_train.kernels.vattention.triton.workspace import Workspace, new_workspace, shape_of
+from dash_train.kernels.vattention.triton.select import score_summaries, select_chunks
+from dash_train.kernels.vattention.triton.workspace import Workspace, decode_shape, new_workspace
 
 
 def vattention_triton(
@@ -32,13 +32,13 @@ def vattention_triton(
         summaries, _ = summarize_chunks(k_cache, no_query, config.chunk_size)
     if chunk_bias is not None:
         chunk_bias = chunk_bias.float().contiguous()
-    shape = shape_of(q, k_cache, config)
+    shape = decode_shape(q, k_cache, config)
     work = new_workspace(shape, v_cache, bounded=bounds is not None)
     read = (q, k_cache, v_cache, lengths, chunk_bias, seed, shape, config, work)
-    score_chunks(q, summaries, bounds, lengths, shape, work)
+    score_summaries(q, summaries, bounds, lengths, shape, work)
     select_chunks(lengths, chunk_bias, shape, config, work)
-    attend(*read, extra=False)
+    attend_sample(*read, extra=False)
     find_budget(v_cache, shape, config, work)
-    attend(*read, extra=True)
+    attend_sample(*read, extra=True)
     out, report = merge(q, shape, config, work)
     return out, report, work

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import LOG2_E, power_of_two
+from dash_train.kernels.common.rows import batch_and_head
 from dash_train.kernels.vattention.reference.population import (
     DROPPED_SHARE,
     NEEDLE_SAMPLE,
@@ -22,25 +24,24 @@ from dash_train.kernels.vattention.triton.workspace import (
     RESIDUAL_TOKENS,
     SAMPLE,
     UNBOUNDED_CHUNKS,
-    Shape,
+    DecodeShape,
     Workspace,
 )
 
-LOG2_E = 1.4426950408889634
 SCORE_BLOCK = 64
 
 
-def score_chunks(
+def score_summaries(
     q: Tensor,
     summaries: Tensor,
     bounds: tuple[Tensor, Tensor] | None,
     lengths: Tensor,
-    shape: Shape,
+    shape: DecodeShape,
     work: Workspace,
 ) -> None:
     """Writes work.scores, and work.upper if there are bounds, of the chunks that have begun."""
     k_min, k_max = bounds or (summaries, summaries)
-    score_kernel[(triton.cdiv(shape.chunks, SCORE_BLOCK), shape.sequences)](
+    score_chunks_kernel[(triton.cdiv(shape.chunks, SCORE_BLOCK), shape.batch_heads)](
         q,
         summaries,
         k_min,
@@ -68,7 +69,7 @@ def score_chunks(
 
 
 @triton.jit
-def score_kernel(
+def score_chunks_kernel(
     q_ptr,
     summaries_ptr,
     k_min_ptr,
@@ -99,14 +100,16 @@ def score_kernel(
     BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program BLOCK chunks of a KV head."""
-    sequence = tl.program_id(1).to(tl.int64)
-    batch = sequence // KV_HEADS
-    kv_head = sequence % KV_HEADS
+    """One program BLOCK chunks of a KV head: a q.ktilde_c and, with bounds, the largest a q.k of a key in c.
+
+    That is a (max(q, 0).k_max + min(q, 0).k_min). In units of log 2: `scale` holds log2 e.
+    """
+    _, batch, kv_head = batch_and_head(tl.program_id(1), KV_HEADS)
     length = tl.load(lengths_ptr + batch)
     if tl.program_id(0) * BLOCK * CHUNK >= length:
         return
 
+    # 1. The group's queries, [PADDED_GROUP, BLOCK_DIM].
     row = tl.arange(0, PADDED_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,9 +122,10 @@ def score_kernel(
     mask = is_complete[:, None] & (dim < HEAD_DIM)[None, :]
     rows = chunk.to(tl.int64)[:, None]
 
+    # 2. The products with summaries and bounds, [BLOCK, BLOCK_DIM] each.
     keys = summaries_ptr + batch * batch_stride + kv_head * head_stride + rows * chunk_stride + dim[None, :]
     summaries = tl.load(keys, mask=mask, other=0.0).to(tl.float32)
-    scores = tl.dot(q, tl.trans(summaries), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(summaries), input_precision=PRECISION) * scale  # [PADDED_GROUP, BLOCK]
     out = (batch * KV_HEADS * GROUP + head)[:, None] * chunks + chunk[None, :]
     out_mask = is_head[:, None] & is_complete[None, :]
     tl.store(scores_ptr + out, scores, mask=out_mask)
@@ -136,11 +140,11 @@ def score_kernel(
 
 
 def select_chunks(
-    lengths: Tensor, chunk_bias: Tensor | None, shape: Shape, config: VAttentionConfig, work: Workspace
+    lengths: Tensor, chunk_bias: Tensor | None, shape: DecodeShape, config: VAttentionConfig, work: Workspace
 ) -> None:
     """Writes work.order and work.counts, b being the base sample."""
-    block = triton.next_power_of_2(shape.chunks)
-    select_kernel[(shape.sequences,)](
+    block = power_of_two(shape.chunks)
+    select_kernel[(shape.batch_heads,)](
         work.scores,
         work.scores if work.upper is None else work.upper,
         lengths if chunk_bias is None else chunk_bias,
@@ -192,22 +196,25 @@ def select_kernel(
     NEEDLE_SAMPLE: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
-    """One program a KV head: all of its chunks at once."""
-    sequences = tl.num_programs(0)
-    sequence = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths_ptr + sequence // KV_HEADS)
+    """One program a KV head: all of its chunks at once, [BLOCK]; the definition is population.split_population."""
+    batch_heads = tl.num_programs(0)
+    batch_head, batch, _ = batch_and_head(tl.program_id(0), KV_HEADS)
+    length = tl.load(lengths_ptr + batch)
+
+    # 1. The population.
     chunk = tl.arange(0, BLOCK)
     population = chunk * CHUNK < length
     bias = tl.zeros([BLOCK], tl.float32)
     if BIASED:
-        bias = tl.load(bias_ptr + sequence * chunks + chunk, mask=population, other=float("-inf")) * LOG2_E
+        bias = tl.load(bias_ptr + batch_head * chunks + chunk, mask=population, other=float("-inf")) * LOG2_E
         population = bias > float("-inf")
     is_complete = population & ((chunk + 1) * CHUNK <= length)
 
+    # 2. A chunk's rank: the logarithm of its share of the summaries' mass, in the head in which it is largest.
     rank = tl.full([BLOCK], float("-inf"), tl.float32)
     upper = tl.full([BLOCK], float("-inf"), tl.float32)
     for g in range(GROUP):
-        place = (sequence * GROUP + g) * chunks + chunk
+        place = (batch_head * GROUP + g) * chunks + chunk
         score = tl.load(scores_ptr + place, mask=is_complete, other=float("-inf")) + bias
         score = tl.where(is_complete, score, float("-inf"))
         highest = tl.max(score, 0)
@@ -218,6 +225,7 @@ def select_kernel(
             bound = tl.load(upper_ptr + place, mask=is_complete, other=float("-inf")) + bias
             upper = tl.maximum(upper, bound - log_mass)
 
+    # 3. Certain: sink, window and the highest ranks. With bounds also the needles; what cannot matter is dropped.
     is_near = (chunk * CHUNK < sink) | (tl.minimum((chunk + 1) * CHUNK, length) > length - window)
     certain = population & is_near
     count = tl.sum(population.to(tl.int32), 0)
@@ -237,7 +245,8 @@ def select_kernel(
         unbounded = needles | ~is_complete
     residual = population & ~certain & ~dropped
 
-    order_ptr += sequence * chunks
+    # 4. The order: certain, residual, dropped chunks. Then how many they are.
+    order_ptr += batch_head * chunks
     n_certain = tl.sum(certain.to(tl.int32), 0)
     n_residual = tl.sum(residual.to(tl.int32), 0)
     n_dropped = tl.sum(dropped.to(tl.int32), 0)
@@ -247,20 +256,20 @@ def select_kernel(
 
     tokens_of = tl.minimum(length - chunk * CHUNK, CHUNK)
     n_s = tl.sum(tl.where(residual, tokens_of, 0), 0)
-    counts_ptr += sequence
-    tl.store(counts_ptr + CERTAIN_CHUNKS * sequences, n_certain)
-    tl.store(counts_ptr + RESIDUAL_CHUNKS * sequences, n_residual)
-    tl.store(counts_ptr + DROPPED_CHUNKS * sequences, n_dropped)
-    tl.store(counts_ptr + RESIDUAL_TOKENS * sequences, n_s)
-    tl.store(counts_ptr + ALL_TOKENS * sequences, tl.sum(tl.where(population, tokens_of, 0), 0))
-    tl.store(counts_ptr + UNBOUNDED_CHUNKS * sequences, tl.sum((residual & unbounded).to(tl.int32), 0))
+    counts_ptr += batch_head
+    tl.store(counts_ptr + CERTAIN_CHUNKS * batch_heads, n_certain)
+    tl.store(counts_ptr + RESIDUAL_CHUNKS * batch_heads, n_residual)
+    tl.store(counts_ptr + DROPPED_CHUNKS * batch_heads, n_dropped)
+    tl.store(counts_ptr + RESIDUAL_TOKENS * batch_heads, n_s)
+    tl.store(counts_ptr + ALL_TOKENS * batch_heads, tl.sum(tl.where(population, tokens_of, 0), 0))
+    tl.store(counts_ptr + UNBOUNDED_CHUNKS * batch_heads, tl.sum((residual & unbounded).to(tl.int32), 0))
     least_sample = tl.minimum(n_s, base_sample)
     if BOUNDED:
         largest = tl.exp2(tl.max(tl.where(residual & is_complete, upper, float("-inf")), 0))
         needed = tl.ceil(n_residual.to(tl.float32) * CHUNK * largest / limit)
         needed = tl.minimum(needed, n_s.to(tl.float32)).to(tl.int32)
         least_sample = tl.where(is_proof, tl.maximum(least_sample, needed), least_sample)
-    tl.store(counts_ptr + SAMPLE * sequences, least_sample)
+    tl.store(counts_ptr + SAMPLE * batch_heads, least_sample)
 
 
 @triton.jit

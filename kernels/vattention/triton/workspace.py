@@ -8,10 +8,10 @@ graph can be captured; a program whose share turns out empty says so and ends.
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_train.kernels.common.numbers import MATRIX_ROWS, power_of_two
 from dash_train.kernels.vattention.reference.population import VAttentionConfig
 
 # Of the certain chunks, and again of what is sampled after the base sample. The same for every batch, so that a row's
@@ -30,7 +30,7 @@ SAMPLE = tl.constexpr(6)  # b: the least of it, then raised by every head of the
 COUNTS = 7
 
 
-class Shape(NamedTuple):
+class DecodeShape(NamedTuple):
     """Sizes shared by all kernels of one call."""
 
     batch: int
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
     base_sample: int
 
     @property
-    def sequences(self) -> int:
+    def batch_heads(self) -> int:
         """KV heads of all rows."""
         return self.batch * self.kv_heads
 
@@ -53,11 +53,11 @@ class Shape(NamedTuple):
     @property
     def padded_group(self) -> int:
         """Rows of the matrix products: a group, filled up to what the tensor cores take."""
-        return max(16, int(triton.next_power_of_2(self.group)))
+        return max(MATRIX_ROWS, power_of_two(self.group))
 
     @property
     def block_dim(self) -> int:
-        return max(16, int(triton.next_power_of_2(self.head_dim)))
+        return max(16, power_of_two(self.head_dim))
 
     @property
     def base_splits(self) -> int:
@@ -69,13 +69,13 @@ class Shape(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Everything is written before it is read. Heads of all rows, or sequences, come first; logarithms are base 2."""
+    """Everything is written before it is read. Heads, or KV heads, of all rows come first; logarithms are base 2."""
 
     scores: Tensor  # [batch * heads, chunks] fp32: logits of the summaries, without bias
     upper: Tensor | None  # [batch * heads, chunks] fp32: bounds of the chunks' logits, without bias
-    order: Tensor  # [sequences, chunks] int32: certain chunks, then residual, then dropped ones, each ascending
-    counts: Tensor  # [COUNTS, sequences] int32
-    tokens: Tensor  # [sequences, chunks * chunk_size] int32: in the order they are read; -1: not written yet
+    order: Tensor  # [batch_heads, chunks] int32: certain chunks, then residual, then dropped ones, each ascending
+    counts: Tensor  # [COUNTS, batch_heads] int32
+    tokens: Tensor  # [batch_heads, chunks * chunk_size] int32: in the order they are read; -1: not written yet
     base_logits: Tensor  # [batch * heads, base_sample] fp32
     highest: Tensor  # [batch * heads, all_splits] fp32: largest logit, -inf: nothing was read
     total: Tensor  # [batch * heads, all_splits] fp32: sum of 2^(logit - highest)
@@ -87,15 +87,17 @@ class Workspace(NamedTuple):
     rms: Tensor  # [batch * heads] fp32: of |v| in the base sample
 
 
-def shape_of(q: Tensor, k_cache: Tensor, config: VAttentionConfig) -> Shape:
+def decode_shape(q: Tensor, k_cache: Tensor, config: VAttentionConfig) -> DecodeShape:
     """q [batch, heads, head_dim], k_cache [batch, capacity, kv_heads, head_dim]."""
     chunks = -(-k_cache.shape[1] // config.chunk_size)
-    return Shape(q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], chunks, config.chunk_size, config.base_sample)
+    return DecodeShape(
+        q.shape[0], q.shape[1], k_cache.shape[2], q.shape[2], chunks, config.chunk_size, config.base_sample
+    )
 
 
-def new_workspace(shape: Shape, v_cache: Tensor, bounded: bool) -> Workspace:
+def new_workspace(shape: DecodeShape, v_cache: Tensor, bounded: bool) -> Workspace:
     """Nothing in it is initialised."""
-    heads, sequences = shape.batch * shape.heads, shape.sequences
+    heads, batch_heads = shape.batch * shape.heads, shape.batch_heads
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=v_cache.device)
@@ -103,9 +105,9 @@ def new_workspace(shape: Shape, v_cache: Tensor, bounded: bool) -> Workspace:
     return Workspace(
         scores=empty(heads, shape.chunks),
         upper=empty(heads, shape.chunks) if bounded else None,
-        order=empty(sequences, shape.chunks, dtype=torch.int32),
-        counts=empty(COUNTS, sequences, dtype=torch.int32),
-        tokens=empty(sequences, shape.chunks * shape.chunk_size, dtype=torch.int32),
+        order=empty(batch_heads, shape.chunks, dtype=torch.int32),
+        counts=empty(COUNTS, batch_heads, dtype=torch.int32),
+        tokens=empty(batch_heads, shape.chunks * shape.chunk_size, dtype=torch.int32),
         base_logits=empty(heads, shape.base_sample),
         highest=empty(heads, shape.all_splits),
         total=empty(heads, shape.all_splits),

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dash_train.kernels.dash import dash_attention
 from dash_train.kernels.dash.triton.forward import Forward, dash_forward
 from dash_train.kernels.dash.triton.operator import forward_operator
-from dash_train.kernels.dash.triton.router_means import router_means
+from dash_train.kernels.dash.triton.router_means import means_operator, router_means
 
 CASES = [
     Case(group=4, ragged=True),
@@ -98,7 +98,7 @@ def test_operators_are_well_formed():
         torch.library.opcheck(forward_operator, arguments, test_utils=tests)
     before = torch.randn(1, 1, 2, *q.shape[2:], requires_grad=True)
     arguments = (inputs[0], before, options["document_starts"], [0], 4, 3)
-    torch.library.opcheck(router_means, arguments, test_utils=tests)
+    torch.library.opcheck(means_operator, arguments, test_utils=tests)
 
 
 def test_compiles_into_one_graph():

@@ -1,10 +1,9 @@
-"""What stands beside dash_decode: its prior by itself, and full attention over the same cache."""
+"""The prior of dash_decode by itself, and what it says of the routed chunks."""
 
 import pytest
 import torch
 
 from dash_train.kernels.dash import chunk_summaries, dash_decode, decode_prior
-from dash_train.kernels.full import full_decode, list_all_chunks
 
 CHUNK, CAPACITY = 16, 150
 LENGTHS = torch.tensor([1, 16, 77, 150], dtype=torch.int32)
@@ -50,38 +49,6 @@ def test_active_chunks_are_those_with_a_prior(backend: str) -> None:
     with_own = decode_prior(q, summaries, lengths, **options).isfinite().sum(-1)
     assert torch.equal(active, with_own.int() - 1)
     assert (active[0] == 0).all() and (active[-1] > 0).all()
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (16, 1)])
-def test_full_decode_is_softmax_attention_to_what_is_written(heads: int, kv_heads: int, backend: str) -> None:
-    q, k, v, _, lengths = inputs(heads, kv_heads)
-    for row, length in enumerate(LENGTHS.tolist()):
-        k[row, length:], v[row, length:] = 1e4, 1e4  # a cache's rest means nothing, but is finite
-    out = full_decode(q, k, v, lengths, backend=backend)
-    lists = list_all_chunks(lengths, CAPACITY, kv_heads)
-    assert torch.equal(full_decode(q, k, v, lengths, lists=lists, backend=backend), out)
-    for row, length in enumerate(LENGTHS.tolist()):
-        logits = torch.einsum("hgd,khd->hgk", q[row].unflatten(0, (kv_heads, -1)), k[row, :length]) / 4
-        expected = torch.einsum("hgk,khd->hgd", logits.softmax(-1), v[row, :length]).flatten(0, 1)
-        torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("q", {"q": torch.zeros(4, 5, 16)}),
-        ("k_cache", {"k_cache": torch.zeros(4, CAPACITY, 2, 8)}),
-        ("v_cache", {"v_cache": torch.zeros(4, CAPACITY, 2, 16).double()}),
-        ("lengths", {"lengths": torch.ones(3)}),
-        ("lists", {"lists": list_all_chunks(LENGTHS, CAPACITY + 64, 2)}),
-        ("backend", {"backend": "cuda"}),
-    ],
-)
-def test_full_decode_names_the_argument(name: str, changes: dict) -> None:
-    q, k, v, _, lengths = (t.cpu() for t in inputs())
-    with pytest.raises(ValueError, match=rf"^{name} .*expected"):
-        full_decode(**{"q": q, "k_cache": k, "v_cache": v, "lengths": lengths, **changes})
 
 
 @pytest.mark.parametrize(
