@@ -25,7 +25,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 test-parallel: install  ## gradients on 2 and 4 ranks: every ZeRO stage x context x accumulation x attention, 15-20 min
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/distributed/test_parallel.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m product tests/distributed/test_parallel.py tests/training/test_topologies.py
 
 CLIENTS := .cache/clients
 LLAMA_CPP := llama_cpp_python-0.3.36

@@ -1,3 +1,4 @@
+import os
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -9,6 +10,9 @@ import torch
 
 from dash_train.model.config import ModelConfig
 from dash_train.model.transformer import LanguageModel
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is first imported
 
 ATTENTION: dict[str, Any] = {
     "full": {"type": "full"},

@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-sample",
         type=int,
-        help="vattention: tokens of the first sample, which estimates the variance (default: the sampler's)",
+        default=512,
+        help="vattention: tokens of the first sample, which estimates the variance (default: %(default)s)",
     )
     parser.add_argument(
         "--value-floor",

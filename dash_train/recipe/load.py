@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import reprlib
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_describe(error, path, lines)) from error
+        raise UserError(_describe(error, path, lines, overrides)) from error
     except RecursionError as error:
         raise UserError(f"{path}: values that are nested too deeply") from error
     _check_numbers(recipe.model_dump(by_alias=True), path, lines)
@@ -165,7 +166,9 @@ def _key_lines(node: Any, path: str, prefix: tuple[Any, ...] = ()) -> dict[tuple
     return lines
 
 
-def _describe(error: ValidationError, path: Path, lines: dict[tuple[Any, ...], int]) -> str:
+def _describe(
+    error: ValidationError, path: Path, lines: dict[tuple[Any, ...], int], overrides: Sequence[str] = ()
+) -> str:
     """One line for the first key that is wrong (a value that fits no type of a union has one error per type)."""
     errors = error.errors()
     location, section = _locate(errors[0]["loc"])
@@ -173,6 +176,10 @@ def _describe(error: ValidationError, path: Path, lines: dict[tuple[Any, ...], i
     others = len({_locate(e["loc"])[0] for e in errors}) - 1
     where = f"{path}:{lines[location]}" if location in lines else str(path)
     key = f"{_dotted(location)}: " if location else ""
+    dotted = f"{_dotted(location)}."
+    given = [override for override in overrides if _share_a_beginning(f"{override.partition('=')[0]}.", dotted)]
+    if location and given:  # it replaced what the file says
+        where = f"override {reprlib.repr(given[-1])}"
     kind = errors[0]["type"]
     if kind == "extra_forbidden":
         message = "unknown key" + _nearest(location, section)
@@ -184,6 +191,10 @@ def _describe(error: ValidationError, path: Path, lines: dict[tuple[Any, ...], i
         expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input ") for e in same_key))
         message = f"{expected}, found {reprlib.repr(errors[0]['input'])}"
     return f"{where}: {key}{message}" + (f" (and {others} more)" if others else "")
+
+
+def _share_a_beginning(one: str, other: str) -> bool:
+    return one.startswith(other) or other.startswith(one)
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[tuple[Any, ...], type[BaseModel] | None]:

@@ -327,8 +327,9 @@ class Recipe(Section):
         return self
 
     def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False))
+        """Write the resolved recipe as YAML; of one with stages what was set, since a stage stands on that alone."""
+        values = self.model_dump(mode="json", by_alias=True, exclude_unset=bool(self.stages))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def _expand(path: str) -> str:

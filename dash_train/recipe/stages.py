@@ -24,7 +24,8 @@ def stage_recipe(recipe: Recipe, number: int) -> Recipe:
     """The recipe of stage `number`, from 0."""
     stage = recipe.stages[number]
     values = recipe.model_dump(exclude_unset=True, by_alias=True, exclude={"stages"})
-    values.setdefault("schedule", {}).setdefault("steps", recipe.train.steps)
+    if recipe.schedule.steps is None:
+        values.setdefault("schedule", {})["steps"] = recipe.train.steps
     merge(values, copy.deepcopy(stage.model_dump(exclude={"steps"})))
     values.setdefault("train", {})["steps"] = sum(before.steps for before in recipe.stages[: number + 1])
     return Recipe.model_validate(values)

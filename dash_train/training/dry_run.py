@@ -14,12 +14,12 @@ from dash_train.data.rows import training_rows
 from dash_train.data.sources import describe, source_files
 from dash_train.data.tokenizer import Tokenizer, load_tokenizer
 from dash_train.errors import UserError
+from dash_train.estimate.memory import memory_parts, on_gpu
 from dash_train.model.transformer import LanguageModel
 from dash_train.recipe.schema import Recipe
 from dash_train.recipe.stages import stage_recipes
 from dash_train.training.engine import deepspeed_config
 from dash_train.training.initial import copy_weights, resolve_model
-from dash_train.training.memory_estimate import estimate
 from dash_train.training.resume import check_recipe
 from dash_train.training.run_data import folder_of
 from dash_train.training.schedule import lr_factor
@@ -86,7 +86,7 @@ def _stage(recipe: Recipe, start: Start, ranks: int, micro_batches: int) -> Iter
         f"{train.steps * train.global_batch_size * train.seq:,} tokens at most"
     )
     yield from _rates(recipe)
-    yield from estimate(recipe, parameters, ranks)
+    yield from _memory(recipe, parameters, ranks)
     yield from _space(recipe, parameters)
     if folder is None:
         files = [(describe(source), list(source_files(source))) for source in recipe.data.sources]
@@ -130,6 +130,19 @@ def _rates(recipe: Recipe) -> Iterator[str]:
     places = sorted({0, min(recipe.schedule.warmup_steps, steps - 1), steps // 2, steps - 1})
     rates = (f"{recipe.optimizer.lr * lr_factor(step, steps, recipe.schedule):.2e} at {step + 1:,}" for step in places)
     yield f"learning rate: {', '.join(rates)}"
+
+
+def _memory(recipe: Recipe, parameters: int, ranks: int) -> Iterator[str]:
+    """What a rank holds (`launch/estimate.py` says more)."""
+    parts = memory_parts(recipe, ranks)
+    if recipe.optimizer.ema:
+        parts["moving average"] = 4 * parameters / ranks
+    if recipe.checkpoint.asynchronous:
+        parts["host"] += 12 * parameters / ranks
+    largest = sorted((name for name in parts if name != "host" and parts[name]), key=lambda name: -parts[name])
+    listed = ", ".join(f"{name} {parts[name] / 1e9:.2f}" for name in largest)
+    yield f"memory of a rank, about: {on_gpu(parts) / 1e9:.2f} GB ({listed})"
+    yield f"  in host memory {parts['host'] / 1e9:.2f} GB, the copy of a checkpoint included"
 
 
 def _space(recipe: Recipe, parameters: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run says of itself when it starts: files in its folder, and a line."""
+"""What a run says of itself when it starts and ends: files in its folder, a line, a figure."""
 
 import json
 import logging
@@ -10,8 +10,11 @@ import torch.distributed as dist
 from dash_train.data.loader import RowDataset
 from dash_train.data.mixture import Mixture
 from dash_train.data.tokenizer import Tokenizer
+from dash_train.errors import UserError
 from dash_train.recipe.schema import Recipe
 from dash_train.tracking.environment import write_environment
+from dash_train.tracking.plot import plot_run
+from dash_train.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -42,3 +45,13 @@ def announce(recipe: Recipe, steps: int, step: int, parameters: int, rows: RowDa
         step,
         steps,
     )
+
+
+def draw(run_dir: Path, tracker: Tracker, step: int) -> None:
+    """Draw a run's figure; one that cannot be drawn, as without metrics or space, ends no run."""
+    try:
+        figure = plot_run(run_dir)
+        tracker.log_figure(figure, step)
+        logger.info("figure: %s", figure)
+    except (UserError, OSError) as error:
+        logger.warning("no figure: %s", error)

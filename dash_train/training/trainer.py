@@ -25,7 +25,6 @@ from dash_train.distributed.world import from_main, init_world, join_context, ma
 from dash_train.errors import UserError
 from dash_train.model.rows import Watch
 from dash_train.recipe.schema import Recipe
-from dash_train.tracking.plot import plot_run
 from dash_train.tracking.tracker import Tracker, check_tensorboard, check_wandb
 from dash_train.training import checkpoint, out_of_memory
 from dash_train.training.calibrate import calibrate
@@ -43,7 +42,7 @@ from dash_train.training.router_gradients import RouterGradients
 from dash_train.training.router_warmup import RouterWarmup
 from dash_train.training.rows import hash_of, rows_from
 from dash_train.training.run_data import open_data
-from dash_train.training.run_files import announce, write_run_files
+from dash_train.training.run_files import announce, draw, write_run_files
 from dash_train.training.run_folder import claim, nothing_left_of_a_refusal, release
 from dash_train.training.saving import Saver
 from dash_train.training.schedule import lr_factor
@@ -62,8 +61,13 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> None:
     """Run a recipe to its end, stage after stage, or until it is stopped."""
     with closing(StopFlag()) as stop:
-        while Trainer(recipe, stop).train():
-            gc.collect()  # the engine of the stage before
+        more = True
+        while more:
+            trainer = Trainer(recipe, stop)
+            more = trainer.train()
+            trainer.engine.destroy()
+            del trainer
+            gc.collect()  # an engine is full of circles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -166,8 +170,7 @@ class Trainer:
         tracker = Tracker(self.recipe, self.run_dir, self.step) if self.world.is_main else None
         profile = self.recipe.tracking.profile if self.world.is_main else None
         profiler = StepProfiler(profile, self.run_dir, self.device)
-        self.stop.training = True
-        stopping = None
+        self.stop.training, stopping = True, None
         with (
             closing(self.stop) if self._closes_stop else nullcontext(),
             closing(profiler),
@@ -198,13 +201,11 @@ class Trainer:
                     if self._due(train.validate_every) or self.step == train.steps:
                         self.validate(tracker)
                     stopping = self._agree()
-                    # A step that was skipped is not saved; the next good one is.
-                    every = self.recipe.checkpoint.every
-                    if self.step // every > self.saved_step // every or self.step == train.steps or stopping:
+                    if self._save_due() or self.step == train.steps or stopping:
                         self.save()
                 self._finish_saving()
                 if tracker:
-                    self._draw(tracker)
+                    draw(self.run_dir, tracker, self.step)
             finally:
                 batches.close()
         if stopping:
@@ -258,8 +259,8 @@ class Trainer:
         """Loss, bits per byte and density on the held-out documents; of several sources, also the loss of each."""
         if not self.recipe.train.validate_every:
             return
-        enter = partial(self.watchdog.enter, self.step, "validation")
-        values = self.validation.run(self.engine, self.model_config, self.world, self.context, enter)
+        place = (self.model_config, self.world, self.context, partial(self.watchdog.enter, self.step, "validation"))
+        values = self.validation.run(self.engine, *place)
         self.progress.validation_loss = values["validation_loss"]
         if tracker:
             tracker.log_validation({"step": self.step, **values})
@@ -285,15 +286,6 @@ class Trainer:
     def _finish_saving(self) -> None:
         self.watchdog.enter(self.step, "checkpoint")
         self.saver.finish()
-
-    def _draw(self, tracker: Tracker) -> None:
-        """The run's figure; one that cannot be drawn, as without metrics or space, ends no run."""
-        try:
-            figure = plot_run(self.run_dir)
-            tracker.log_figure(figure, self.step)
-            logger.info("figure: %s", figure)
-        except (UserError, OSError) as error:
-            logger.warning("no figure: %s", error)
 
     def _batches(self) -> Generator[StepBatch, None, None]:
         """The batches of the steps that come next."""
@@ -393,3 +385,8 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _save_due(self) -> bool:
+        """A step that was skipped is not saved; the next good one is."""
+        every = self.recipe.checkpoint.every
+        return self.step // every > self.saved_step // every

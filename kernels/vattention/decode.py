@@ -30,7 +30,7 @@ def vattention_decode(
     sink: int = 128,
     window: int = 128,
     heavy: float | None = None,
-    base_sample: int | None = None,
+    base_sample: int = 512,
     max_sample: float = 0.5,
     value_floor: float = 0.0,
     bounds: tuple[Tensor, Tensor] | None = None,
@@ -65,8 +65,8 @@ def vattention_decode(
         sink, window: tokens at the start and at the end that are read for certain, rounded outwards to whole chunks.
         heavy: share of the population's chunks that is read for certain because their summaries weigh most. Default:
             .05; 0 with sampler "sketch", which finds heavy tokens one by one.
-        base_sample: tokens of the first sample, at least 2, from which the variances come. Default: 512; with sampler
-            "sketch" 256, which it reads at most, on average.
+        base_sample: tokens of the first sample, at least 2, from which the variances come; with sampler "sketch" at
+            most so many, on average.
         max_sample: a sample above this share of the residual is not taken: everything is read.
         value_floor: c, the smallest |o| that the error is relative to, in units of rms(v) = sqrt(mean |v|^2).
         bounds: (k_min, k_max), each like summaries: the smallest and the largest of each channel over the keys of
@@ -88,8 +88,6 @@ def vattention_decode(
     check_choice("sampler", sampler, SAMPLERS)
     if heavy is None:
         heavy = 0.05 if sampler == "uniform" else 0.0
-    if base_sample is None:
-        base_sample = 512 if sampler == "uniform" else 256
     config = VAttentionConfig(
         epsilon, delta, verify, sink, window, heavy, base_sample, max_sample, value_floor, chunk_size
     )

@@ -8,9 +8,6 @@ import torch
 
 from dash_train.kernels.dash.triton import tiles
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is first imported
-
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compiles first: as many processes as there are cores run the GPU's tests, and their results do not count.

@@ -6,6 +6,7 @@ A new key of the schema has no line in the table below, and fails the test until
 import json
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,8 +83,8 @@ def kept(trainer):
 
 def copied(trainer):
     trainer.train()
-    copy = trainer.run_dir.parents[1] / "copy"
-    return sorted(path.name for path in copy.rglob("step-*"))
+    address = trainer.recipe.checkpoint.copy_to
+    return address and sorted(path.name for path in Path(address).rglob("step-*"))
 
 
 def engine(trainer):
@@ -260,7 +261,12 @@ def places(tmp_path_factory, corpus):
         parts = [text[at : at + 2000] for text in texts for at in range(0, len(text), 2000)]
         rows = [{"text": text, "second": text.upper()} for text in parts]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"folder": folder, "other": folder / "other.jsonl", "other_cache": folder / "other-cache"}
+    return {
+        "folder": folder,
+        "other": folder / "other.jsonl",
+        "other_cache": folder / "other-cache",
+        "copy": folder / "copy",
+    }
 
 
 def recipe_for(folder, places, changes):

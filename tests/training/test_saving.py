@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from commands import program
 from tiny_runs import write_recipe
 
 from dash_train.errors import UserError
@@ -192,3 +193,21 @@ def test_a_file_holds_no_more_than_it_says(trained):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(files.whole(name, "weight"), parameter.detach().float())
         assert sorted(files.parameters[name].kinds) == ["exp_avg", "exp_avg_sq", "weight"]
+
+
+def test_the_program_does_all_of_it(trained, tmp_path, capsys):
+    module = program("checkpoint")
+    for words in (
+        ["list", trained],
+        ["verify", trained],
+        ["average", trained, tmp_path / "mean", "--last", "2"],
+        ["convert", trained, tmp_path / "one", "--step", "4"],
+    ):
+        module.main(module.build_parser().parse_args([str(word) for word in words]))
+    said = capsys.readouterr().out
+    assert "step-00000002: complete, every hash is right" in said
+    assert f"{tmp_path / 'mean'}: the mean of step-00000004, step-00000006" in said
+    ours, theirs = checkpoint.load_weights(tmp_path / "one"), checkpoint.load_weights(trained, 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(UserError, match="holds no ema, but exp_avg, exp_avg_sq, weight"):
+        module.main(module.build_parser().parse_args(["convert", str(trained), str(tmp_path / "ema"), "--ema"]))

@@ -75,7 +75,7 @@ def test_a_staged_run_equals_the_same_runs_by_hand(tmp_path, corpus):
         patch.setattr(Trainer, "train_step", stopping)
         train(load_recipe(staged))
     assert checkpoint.load_state(checkpoint.find(tmp_path / "staged" / "run")).step == 4
-    train(load_recipe(staged))
+    train(load_recipe(tmp_path / "staged" / "run" / "recipe.yaml"))
     last = checkpoint.load_state(checkpoint.find(tmp_path / "staged" / "run"))
     assert (last.step, last.stage, last.optimizer_steps) == (8, 2, 8)
     seen = []
@@ -144,6 +144,21 @@ def test_full_attention_becomes_dash_with_its_moments(base, corpus, tmp_path):
 def test_stages_that_make_no_recipe_are_refused(corpus, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, **changes))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stages_may_change_how_the_work_is_spread(corpus, tmp_path, stage):
+    """And each engine makes room for the next."""
+    model = {**SHAPE, "attention": {"chunk_size": 16}}
+    stages = [{"steps": 2}, {"steps": 2, "parallel": {"zero_stage": stage}}, {"steps": 2}]
+    Trainer(load_recipe(write_recipe(tmp_path / "whole" / "recipe.yaml", corpus, **OPTIONS, model=model))).train()
+    train(load_recipe(write_recipe(tmp_path / "recipe.yaml", corpus, **OPTIONS, model=model, stages=stages)))
+    whole, staged = (lines(folder / "run") for folder in (tmp_path / "whole", tmp_path))
+    for one, other in zip(whole, staged, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert {k: one[k] for k in ("lr", "rows_hash", "tokens")} == {
+            k: other[k] for k in ("lr", "rows_hash", "tokens")
+        }
 
 
 def test_an_export_has_nothing_to_keep(base, corpus, tmp_path):

@@ -12,6 +12,7 @@ moves D by y = w - s e and o, to first order, by x = w (v - u) + y (u - o), so t
 (1 - p) / p times y^2 or |x|^2, relative to D^2. docs/vattention.md has the derivation.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,8 @@ def vattention_sketch(
     expected_mass = weights.expected.sum(-1)
     words = token_words(sample_key(seed, kv_heads), capacity)
     n_s = residual.sum(-1, keepdim=True)
-    probability = (n_s.clamp(max=config.base_sample) * shares(weights.influence, residual)).clamp(max=1)
+    share = shares(weights.influence, residual)
+    probability = grow(torch.zeros_like(share), n_s.clamp(1, config.base_sample).to(share.dtype).log(), share)
     for confidence in GROWTHS:
         sample = gather(draw(words, probability) & residual, weights, v)
         probability = enough(probability, sample, read, weights, residual, confidence, config)
@@ -190,6 +192,17 @@ def estimate_from(
     return Estimate(slope, mass, residual_out, out)
 
 
+def smallest(fits: Callable[[Tensor], Tensor], share: Tensor, residual: Tensor) -> Tensor:
+    """The least log-number of draws [batch, kv_heads, 1] that fits, between one draw and as many as draw everything."""
+    high = torch.where(residual, share, 1).amin(-1, keepdim=True).log().neg() + 1e-3
+    low = torch.zeros_like(high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        is_enough = fits(middle)
+        low, high = torch.where(is_enough, low, middle), torch.where(is_enough, middle, high)
+    return high
+
+
 def enough(
     probability: Tensor,
     sample: Sample,
@@ -209,22 +222,20 @@ def enough(
     def limit(then: Tensor) -> Tensor:
         return upper_limit(observed, predicted, p, then, confidence) / allowed
 
+    def fits(log_draws: Tensor) -> Tensor:
+        then = grow(p, log_draws, of_sample)
+        return (limit(then) <= 1).all(-1, keepdim=True) & ((then < 1).sum(-1, keepdim=True) >= uncertain)
+
+    uncertain = (p < 1).sum(-1, keepdim=True).clamp(max=UNCERTAIN)
     # Alone, and were no probability limited to 1, a head would need draws in proportion to this.
     unlimited = sample.influence.clamp(min=1e-30) * p[:, :, None]
     need = (torch.maximum(observed, predicted) / unlimited).sum(-1) / allowed
-    needed = (p < 1).sum(-1, keepdim=True).clamp(max=UNCERTAIN)
     for _ in range(BALANCINGS):
         share = shares(need[..., None] * weights.influence, residual)
         of_sample = chances(sample, share)
-        low = torch.zeros_like(need[..., :1])
-        high = torch.where(residual, share, 1).amin(-1, keepdim=True).log().neg() + 1e-3  # draws all
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            then = grow(p, middle, of_sample)
-            fits = (limit(then) <= 1).all(-1, keepdim=True) & ((then < 1).sum(-1, keepdim=True) >= needed)
-            low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
-        need = need * limit(grow(p, high, of_sample)).clamp(min=1e-6).sqrt()
-    return grow(probability, high, share)
+        log_draws = smallest(fits, share, residual)
+        need = need * limit(grow(p, log_draws, of_sample)).clamp(min=1e-6).sqrt()
+    return grow(probability, log_draws, share)
 
 
 def grow(p: Tensor, log_draws: Tensor, share: Tensor) -> Tensor:
