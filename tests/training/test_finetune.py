@@ -108,7 +108,7 @@ def test_full_attention_weights_become_dash(pretrained, other_text, tmp_path, co
     ("model", "message"),
     [
         ({"hidden_size": 64}, "has shape [512, 32] in"),
-        ({"layers": 3}, "attention.routing_scale lists 2 values for 3 layers"),
+        ({"layers": 3}, "holds no model.layers.2.input_layernorm.weight"),
         ({"vocab_size": 64}, "model.vocab_size (64) is smaller than the tokenizer's (512)"),
     ],
 )
