@@ -22,7 +22,6 @@ SHAPE = (
     "kv_heads",
     "head_dim",
     "mlp_size",
-    "vocab_size",
     "tie_embeddings",
     "qk_norm",
     "qkv_bias",
@@ -52,11 +51,13 @@ def check_fit(start: Start, recipe: Recipe, rows: RowDataset | Mixture) -> None:
     """
     found, state = start.checkpoint, start.state
     assert found is not None and state is not None
+    saved = checkpoint.load_model_config(found)
+    if start.resumes or start.stage:
+        check_model(found, state, saved, recipe, attention_too=start.resumes)
     if start.resumes:
         check_rows(found, state, recipe, rows.fingerprint(state.rows))
     if start.resumes or start.stage:
-        saved = checkpoint.load_model_config(found)
-        check_model(found, state, saved, recipe, attention_too=start.resumes)
+        _check_same(("vocab_size",), found, saved, recipe.model)  # once it is not for another tokenizer
         log_changes(state, recipe)
     if "optimizer" in start.keep:
         check_moments(found, state, recipe)
@@ -93,17 +94,21 @@ def check_model(found: Path, state: TrainState, saved: ModelConfig, recipe: Reci
     Raises:
         UserError: names the key, both values, and the way out.
     """
-    there, here = flat(saved.model_dump(mode="json")), flat(recipe.model.model_dump(mode="json"))
-    for key in SHAPE + (ATTENTION if attention_too else ()):
-        if there[key] != here[key]:
-            raise UserError(f"{found}: model.{key} is {there[key]} there and {here[key]} here; {WAY_OUT}")
+    _check_same(SHAPE + (ATTENTION if attention_too else ()), found, saved, recipe.model)
     old, new = flat(state.recipe), flat(recipe.model_dump(mode="json", by_alias=True))
-    same_types = there["attention.type"] == here["attention.type"]
+    same_types = saved.attention.type == recipe.model.attention.type
     if same_types:
         _check_done(MODEL_DONE, found, old, new)
     scale = "model.attention.routing_scale"
     if new[scale] == "auto" and old.get(scale, "auto") != "auto" and same_types:
         raise UserError(f"{found}: {scale} is {old[scale]} there; auto settles it before the first step; {WAY_OUT}")
+
+
+def _check_same(keys: tuple[str, ...], found: Path, saved: ModelConfig, model: ModelConfig) -> None:
+    there, here = flat(saved.model_dump(mode="json")), flat(model.model_dump(mode="json"))
+    for key in keys:
+        if there[key] != here[key]:
+            raise UserError(f"{found}: model.{key} is {there[key]} there and {here[key]} here; {WAY_OUT}")
 
 
 def _check_done(keys: tuple[str, ...], found: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

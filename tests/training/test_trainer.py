@@ -397,7 +397,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path, corpus, changes, message, monk
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {**SHAPE, "layers": 3}}, "the data differs: model.attention.chunk_size is 16 there and 64 here"),
+        ({"model": {**SHAPE, "layers": 3}}, "model.layers is 2 there and 3 here"),
         ({"train__seq": 256}, "the data differs: train.seq is 128 there and 256 here"),
         ({"train__seed": 2}, "train.seed is 0 there and 2 here"),
         ({"train__steps": 1, "schedule__warmup_steps": 0}, "step 2 is past train.steps (1)"),
